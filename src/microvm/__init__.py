@@ -1,0 +1,5 @@
+"""microvm: an embeddable microVM monitor."""
+
+from ._version import __version__
+
+__all__ = ["__version__"]

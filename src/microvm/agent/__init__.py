@@ -1,0 +1,1 @@
+"""Running commands and moving files in the guest, with no network."""

@@ -1,0 +1,1 @@
+"""The software CPU: QEMU's TCG as the `unicorn` library, made a real PC processor by a compiled shim."""

@@ -1,0 +1,1 @@
+"""Kernels and root filesystems: where they come from and where they are kept."""

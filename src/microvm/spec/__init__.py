@@ -1,0 +1,1 @@
+"""Constants and wire layouts, taken from the specifications and nothing else. Standard library only."""

@@ -1,0 +1,1 @@
+"""Public test doubles: what a device or backend author needs to test without a guest."""

@@ -1,0 +1,1 @@
+"""virtio: queues, the device base class and the MMIO transport. [virtio-v1.2]"""
