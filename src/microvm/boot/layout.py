@@ -22,8 +22,8 @@ RAM_HOLE_START: Final = 0xC000_0000  # no RAM from here ...
 RAM_HOLE_END: Final = 0x1_0000_0000  # ... to here; what does not fit below continues here
 VIRTIO_MMIO: Final = 0xC000_0000  # virtio-mmio transports, one page each
 VIRTIO_MMIO_STEP: Final = 0x1000
-VIRTIO_GSI: Final = 5  # first transport's interrupt; each has its own
-VIRTIO_SLOTS: Final = 19  # GSIs 5 to 23
+VIRTIO_GSI: Final = 6  # first transport's interrupt; each has its own
+VIRTIO_SLOTS: Final = 18  # GSIs 6 to 23
 IOAPIC: Final = 0xFEC0_0000
 IOAPIC_PINS: Final = 24
 LOCAL_APIC: Final = 0xFEE0_0000
@@ -38,4 +38,4 @@ SLEEP_STATUS_PORT: Final = 0x601
 RESET_PORT: Final = 0x602  # ACPI reset register, value RESET_VALUE
 RESET_VALUE: Final = 0x06
 I8042_PORT: Final = 0x64  # answers only the reset command, for kernels told reboot=k
-GED_GSI: Final = 9  # ACPI generic event device: power button, later hot plug (a virtio slot must not use it)
+GED_GSI: Final = 5  # ACPI generic event device: power button, later hot plug and VM generation id
