@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from ..errors import GuestError, InternalError, SnapshotError
+from ..errors import GuestError, SnapshotError
 from ..irq import IrqLine
 from ..memory import GuestMemory
 from ..spec.virtio import MMIO_MAGIC, MMIO_VENDOR, MMIO_VERSION, Feature, MmioReg, Status
@@ -50,12 +50,16 @@ class MmioState:
 class VirtioMmio:
     """The register file in front of ``device``; an MmioDevice of `MMIO_SIZE` bytes.
 
-    ``irq`` is pulsed for every interrupt. ``notifier(index)``, called on the vCPU thread without a lock, hands a queue to
-    the I/O thread, which calls `process`; without one, the vCPU that notifies serves the queue itself.
+    ``irq`` is pulsed for every interrupt. ``notifier(index)``, called on the vCPU thread without a lock, hands a queue
+    to the I/O thread, which calls `process`; without one, the vCPU that notifies serves the queue itself.
     """
 
     def __init__(
-        self, device: VirtioDevice, memory: GuestMemory, irq: IrqLine, notifier: Callable[[int], None] | None = None
+        self,
+        device: VirtioDevice,
+        memory: GuestMemory,
+        irq: IrqLine,
+        notifier: Callable[[int], None] | None = None,
     ) -> None:
         self.device = device
         self.notifications = 0
@@ -103,19 +107,15 @@ class VirtioMmio:
         if offset == MmioReg.INTERRUPT_STATUS and size == 4:
             return self._interrupt_status
         device = self.device
-        try:
-            with device.lock:
-                if offset >= MmioReg.CONFIG:
-                    data = device.read_config(offset - MmioReg.CONFIG, size)[:size]
-                    return int.from_bytes(data, "little")
-                if size != 4:
-                    return 0
-                read = self._reads.get(offset)
-                return 0 if read is None else read()
-        except InternalError:
-            raise
-        except Exception as error:
-            raise InternalError(f"{device.name}: read of register {offset:#x}: {error}") from error
+        with device.batch():
+            if offset >= MmioReg.CONFIG:
+                data = device.read_config(offset - MmioReg.CONFIG, size)[:size]
+                return int.from_bytes(data, "little")
+            if size != 4:
+                return 0
+            read = self._reads.get(offset)
+            return 0 if read is None else read()
+        return 0
 
     def mmio_write(self, offset: int, size: int, value: int) -> None:
         """A register or configuration access of the driver. vCPU thread. Raises InternalError only."""
