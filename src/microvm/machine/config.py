@@ -53,14 +53,15 @@ class DiskConfig:
 class MachineConfig:
     """A machine: what it boots, how big it is and which devices it has.
 
-    ``kernel``: a bzImage or an uncompressed ELF. ``initrds``: cpio archives, loaded one behind the other.
+    ``kernel``: a bzImage or an uncompressed ELF. ``initrds``: cpio archives, files or bytes, loaded
+    one behind the other.
     ``cmdline``: the whole kernel command line. ``memory_mib``: even, from 64. ``cpus``: 1 to 32. ``disks``: vda first.
     ``vsock_cid``: the guest's address, or None for no vsock. ``backend``: "auto" or a backend's name. ``console``:
     whether there is a virtio console (hvc0); the serial port is always there.
     """
 
     kernel: Path
-    initrds: Sequence[Path] = ()
+    initrds: Sequence[Path | bytes] = ()
     cmdline: str = "console=ttyS0 reboot=t panic=-1"
     memory_mib: int = 256
     cpus: int = 1
@@ -73,7 +74,9 @@ class MachineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernel", _path("kernel", self.kernel))
-        object.__setattr__(self, "initrds", tuple(_path("initrd", path) for path in self.initrds))
+        object.__setattr__(
+            self, "initrds", tuple(one if isinstance(one, bytes) else _path("initrd", one) for one in self.initrds)
+        )
         object.__setattr__(self, "disks", tuple(self.disks))
         check_memory(self.memory_mib)
         check_cpus(self.cpus)
@@ -91,7 +94,8 @@ class MachineConfig:
         """
         _regular_file("kernel", self.kernel)
         for initrd in self.initrds:
-            _regular_file("initrd", initrd)
+            if not isinstance(initrd, bytes):
+                _regular_file("initrd", initrd)
         for disk in self.disks:
             _disk(disk)
         host_mib = host_memory_mib()

@@ -24,14 +24,24 @@ class Console:
         self._arrived = threading.Condition()
         self._closed = False
         self._listeners: list[Callable[[bytes], None]] = []
-        self._type: Callable[[bytes], None] | None = None
+        self._type: Callable[[bytes], int] | None = None
         self._resize: Callable[[int, int], None] | None = None
+        self._typing = threading.Lock()
+        self._room = threading.Event()
         self.dropped = 0
 
-    def connect(self, type_: Callable[[bytes], None], resize: Callable[[int, int], None] | None = None) -> None:
-        """Attach the device's input side. Called once by whoever builds the machine."""
+    def connect(self, type_: Callable[[bytes], int], resize: Callable[[int, int], None] | None = None) -> None:
+        """Attach the device's input side, by whoever builds the machine.
+
+        ``type_`` takes as many bytes as it has room for and returns how many; after a short count the device calls
+        `room` when there is some again.
+        """
         self._type = type_
         self._resize = resize
+
+    def room(self) -> None:
+        """The device takes input again. Any thread."""
+        self._room.set()
 
     def feed(self, data: bytes) -> None:
         """The guest printed ``data``. Called on the device's thread."""
@@ -54,6 +64,7 @@ class Console:
         with self._arrived:
             self._closed = True
             self._arrived.notify_all()
+        self._room.set()
 
     def read(self, timeout_s: float | None = None) -> bytes:
         """Output not read before, waiting for some. ``b""`` after ``timeout_s``, and at the end of the machine."""
@@ -75,10 +86,23 @@ class Console:
                 if not self._arrived.wait(left) and left is not None:
                     raise TimeoutError(f"the guest did not print {text!r} within {timeout_s} s")
 
-    def write(self, data: bytes) -> None:
-        """Type ``data``. What the guest has no room for waits in the device, up to its limit."""
-        if self._type is not None and data:
-            self._type(data)
+    def write(self, data: bytes, timeout_s: float | None = None) -> int:
+        """Type ``data``, waiting while the guest does not read. Returns how much it took: all, but for the time-out and
+        the end of the machine.
+        """
+        if self._type is None:
+            return 0
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        done = 0
+        with self._typing:
+            while done < len(data) and not self._closed:
+                self._room.clear()
+                taken = self._type(data[done:])
+                done += taken
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                if not taken and not self._closed and not self._room.wait(left):
+                    break
+        return done
 
     def resize(self, columns: int, rows: int) -> None:
         """Tell the guest the size of the terminal; nothing happens on a line that has no size (serial)."""

@@ -85,10 +85,46 @@ def test_typing_goes_to_the_device() -> None:
     typed: list[bytes] = []
     sizes: list[tuple[int, int]] = []
     console = Console()
-    console.write(b"nobody there")
-    console.connect(typed.append, lambda columns, rows: sizes.append((columns, rows)))
-    console.write(b"ls\n")
-    console.write(b"")
+    assert console.write(b"nobody there") == 0
+
+    def take(data: bytes) -> int:
+        typed.append(data)
+        return len(data)
+
+    console.connect(take, lambda columns, rows: sizes.append((columns, rows)))
+    assert console.write(b"ls\n") == 3
+    assert console.write(b"") == 0
     console.resize(80, 24)
     assert typed == [b"ls\n"]
     assert sizes == [(80, 24)]
+
+
+def test_typing_waits_for_room() -> None:
+    typed = bytearray()
+    console = Console()
+
+    def take(data: bytes) -> int:
+        typed.extend(data[:3])
+        console.room()
+        return min(3, len(data))
+
+    console.connect(take)
+    assert console.write(b"0123456789") == 10
+    assert typed == b"0123456789"
+
+
+def test_typing_to_a_guest_that_does_not_read_ends_in_time() -> None:
+    console = Console()
+    console.connect(lambda data: 0)
+    assert console.write(b"abc", timeout_s=0.01) == 0
+
+
+def test_typing_ends_with_the_machine() -> None:
+    console = Console()
+
+    def take(data: bytes) -> int:
+        console.close()
+        return 0
+
+    console.connect(take)
+    assert console.write(b"abc") == 0
