@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
 
 import pytest
 
@@ -25,7 +24,7 @@ from microvm.errors import (
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]:
+def command(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     """A subcommand ``fake`` whose ``run`` is whatever the test sets."""
     module = types.ModuleType("microvm.cli.fake")
     seen = types.SimpleNamespace(run=lambda args: 0, args=None)
@@ -44,7 +43,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]:
     monkeypatch.setitem(sys.modules, "microvm.cli.fake", module)
     monkeypatch.setitem(dispatch.COMMANDS, "fake", "for tests")
     monkeypatch.delenv("MICROVM_DEBUG", raising=False)
-    yield seen
+    return seen
 
 
 def raising(error: BaseException) -> object:

@@ -1,8 +1,8 @@
 """Putting a machine together: memory, kernel, platform devices, virtio devices, vCPUs; and taking it apart.
 
 `build` returns a machine that has no thread and no descriptor of its own beside its disk files, so that it can be
-forked; `Machine.start` adds I/O threads and doorbells. Everything that is acquired goes onto one exit stack the moment it
-exists, so a failure half-way leaves nothing behind and `close` is the same code.
+forked; `Machine.start` adds I/O threads and doorbells. Everything that is acquired goes onto one exit stack the moment
+it exists, so a failure half-way leaves nothing behind and `close` is the same code.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from .outcome import End, Outcome
 from .reactor import Reactor
 
 if TYPE_CHECKING:
+    from ..devices.balloon import Balloon
     from .vsock_host import VsockHost
 
 EndMachine = Callable[[Outcome, InternalError | None], None]
 """Ends the machine from any thread, device callbacks included."""
 
 _NOTIFY_SIZE: Final = 4
-_MIB: Final = 1 << 20
+_PAGES_PER_MIB: Final = 256
 
 
 class Slot:
@@ -123,7 +124,12 @@ class Machine:
     def _add_virtio(self) -> None:
         config = self.config
         if config.console:
-            self.console = self._add_console()
+            from ..devices.console import Console as ConsoleDevice
+
+            self.console = Console()
+            device = ConsoleDevice(self.console.feed, on_room=self.console.room)
+            self.console.connect(device.feed, device.resize)
+            self._attach(device, self.reactor)
         if config.rng:
             from ..devices.rng import Rng
 
@@ -209,7 +215,7 @@ class Machine:
     def set_balloon(self, target_mib: int) -> None:
         """See `MicroVM.set_balloon`."""
         assert self.balloon is not None
-        self.balloon.set_target(target_mib * _MIB)
+        self.balloon.target_pages = target_mib * _PAGES_PER_MIB
 
     def stats(self) -> dict[str, int]:
         """See `MicroVM.stats`."""

@@ -1,4 +1,4 @@
-"""Opening what a machine's devices are made of: disks, kernel images. The only place that turns names into resources."""
+"""Opening what a machine is made of: disks, kernel images, memory. Only here do names become resources."""
 
 from __future__ import annotations
 
