@@ -118,7 +118,7 @@ class Chain:
         return self._write_at
 
     def write_at(self, offset: int, data: bytes | bytearray | memoryview) -> int:
-        """Write ``data`` at ``offset`` of the writable bytes, past the cursor's back. Returns how many fitted."""
+        """Write ``data`` at ``offset`` of the writable bytes, independent of the cursor. Returns how many fitted."""
         done = 0
         size = len(data)
         for gpa, length in self.writable:
@@ -132,6 +132,17 @@ class Chain:
             done += piece
             offset = 0
         return done
+
+    def write_last(self, value: int) -> None:
+        """Store ``value`` into the very last writable byte, where devices with a status byte have it.
+
+        Raises VirtqueueError if nothing is writable. Completing the chain reports all of it as changed.
+        """
+        if not self.writable:
+            raise VirtqueueError("a request without room for its status")
+        gpa, size = self.writable[-1]
+        self._memory.store_u8(gpa + size - 1, value)
+        self.dirty = self.writable_bytes
 
     def readable_views(self, offset: int = 0, size: int | None = None) -> list[memoryview]:
         """Windows on the readable bytes from ``offset``, at most ``size`` of them, for ``os.pwritev`` and the like.
