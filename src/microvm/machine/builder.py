@@ -150,6 +150,15 @@ class Machine:
             reactor = Reactor(self._io_failed, name=f"microvm-disk{index}")
             self._attach(Block(raw, read_only=disk.read_only, serial=f"microvm-disk{index}".encode()), reactor)
 
+    def _add_vsock(self, cid: int) -> None:
+        from ..devices.vsock import Vsock
+        from .vsock_host import VsockHost
+
+        device = Vsock(cid)
+        self.vsock = VsockHost(device, self.reactor)
+        self._resources.callback(self.vsock.close)
+        self._attach(device, self.reactor)
+
     def _attach(self, device: VirtioDevice, reactor: Reactor) -> Slot:
         place = virtio_slot(len(self.slots))
         calls: list[Callable[[], None]] = []

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from .._os.event import Event
 from ..bus import Bus
 from ..hypervisor.base import (
     STOP_KICKED,
@@ -25,7 +26,6 @@ from ..hypervisor.base import (
     VcpuStop,
 )
 from ..memory import MemoryRegion
-from .._os.event import Event
 
 TEXT_GPA: Final = 0x10_0000
 

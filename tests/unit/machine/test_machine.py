@@ -34,6 +34,7 @@ def make(kernel: Path) -> Iterator[Callable[..., MicroVM]]:
     made: list[MicroVM] = []
 
     def build(guest: Guest = wait_forever, doorbells: bool = False, **settings: object) -> MicroVM:
+        settings.setdefault("vsock_cid", None)
         config = MachineConfig(kernel, memory_mib=64, **settings)  # type: ignore[arg-type]
         vm = MicroVM(config, hypervisor=FakeHypervisor(guest, doorbells))
         made.append(vm)
@@ -240,7 +241,7 @@ def test_failure_while_building_leaves_nothing(
     monkeypatch.setattr(f"microvm.testing.hypervisor.FakePartition.{step}", fail)
     hypervisor = FakeHypervisor()
     with pytest.raises(OSError, match="no memory"):
-        MicroVM(MachineConfig(kernel, memory_mib=64, disks=[DiskConfig(disk)]), hypervisor=hypervisor)
+        MicroVM(MachineConfig(kernel, memory_mib=64, vsock_cid=None, disks=[DiskConfig(disk)]), hypervisor=hypervisor)
     assert hypervisor.partition is not None
     assert hypervisor.partition.closed
     assert (descriptors(), threading.active_count()) == before
@@ -264,7 +265,7 @@ def test_bad_kernel_is_refused_with_its_name(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(b"not a kernel " * 1000)
     with pytest.raises(BootError, match=r"notes\.txt: "):
-        MicroVM(MachineConfig(path, memory_mib=64), hypervisor=FakeHypervisor())
+        MicroVM(MachineConfig(path, memory_mib=64, vsock_cid=None), hypervisor=FakeHypervisor())
 
 
 def test_initrd_larger_than_memory_is_refused(kernel: Path, tmp_path: Path) -> None:
@@ -272,7 +273,7 @@ def test_initrd_larger_than_memory_is_refused(kernel: Path, tmp_path: Path) -> N
     with open(initrd, "wb") as file:
         file.truncate(65 << 20)
     with pytest.raises(BootError, match="does not fit"):
-        MicroVM(MachineConfig(kernel, memory_mib=64, initrds=[initrd]), hypervisor=FakeHypervisor())
+        MicroVM(MachineConfig(kernel, memory_mib=64, vsock_cid=None, initrds=[initrd]), hypervisor=FakeHypervisor())
 
 
 def test_disk_that_changed_its_size_since_it_was_checked_is_refused(
@@ -283,7 +284,9 @@ def test_disk_that_changed_its_size_since_it_was_checked_is_refused(
     monkeypatch.setattr(MachineConfig, "check_files", lambda self: None)
     before = descriptors()
     with pytest.raises(ConfigError, match="multiple of 512"):
-        MicroVM(MachineConfig(kernel, memory_mib=64, disks=[DiskConfig(disk)]), hypervisor=FakeHypervisor())
+        MicroVM(
+            MachineConfig(kernel, memory_mib=64, vsock_cid=None, disks=[DiskConfig(disk)]), hypervisor=FakeHypervisor()
+        )
     assert descriptors() == before
 
 
