@@ -32,7 +32,8 @@ if TYPE_CHECKING:
         StateError,
     )
     from .machine.config import DiskConfig, MachineConfig
-    from .machine.machine import MicroVM, Outcome
+    from .machine.machine import MicroVM
+    from .machine.outcome import Outcome
 
 __all__ = [
     "BackendUnavailable",
@@ -60,7 +61,8 @@ __all__ = [
 _HOME = {
     **dict.fromkeys(("Files", "Process", "Result", "Sandbox"), "api"),
     **dict.fromkeys(("DiskConfig", "MachineConfig"), "machine.config"),
-    **dict.fromkeys(("MicroVM", "Outcome"), "machine.machine"),
+    "MicroVM": "machine.machine",
+    "Outcome": "machine.outcome",
     **dict.fromkeys((name for name in __all__ if name.endswith(("Error", "Timeout", "Unavailable"))), "errors"),
 }
 

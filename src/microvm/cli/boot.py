@@ -91,8 +91,8 @@ def _session(vm: MicroVM, stack: contextlib.ExitStack, which: str, timeout_s: fl
         stack.enter_context(terminal.on_resize(console.resize))
     vm.start()
     if terminal.is_open(terminal.STDIN):
-        typed = console.write if not interactive else EscapeFilter(console.write, lambda: vm.end("Ctrl-A X")).feed
-        pump = terminal.InputPump(terminal.STDIN, typed)
+        keys = EscapeFilter(console.write, lambda: vm.end("Ctrl-A X"))
+        pump = terminal.InputPump(terminal.STDIN, keys.feed if interactive else console.write)
         stack.callback(pump.close)
         pump.start()
     stack.enter_context(_terminated_by(vm))

@@ -90,7 +90,7 @@ class InputPump:
     ``received`` gets each piece and then ``b""`` at the end of the input; an exception it raises ends the pump.
     """
 
-    def __init__(self, fd: int, received: Callable[[bytes], None]) -> None:
+    def __init__(self, fd: int, received: Callable[[bytes], object]) -> None:
         self._fd = fd
         self._received = received
         self._wake_r, self._wake_w = os.pipe()
