@@ -49,23 +49,13 @@ class CpuidEntry(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint32) for name in ("leaf", "subleaf", "eax", "ebx", "ecx", "edx"))
 
 
+COUNTERS: Final = ("pio", "mmio", "doorbells", "latched", "hlt", "interrupts", "switches", "kicks")
+
+
 class Counters(ctypes.Structure):
     """`struct Counters` of soft.h: how often what happened, since the partition was made."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_uint64)
-        for name in (
-            "pio",
-            "mmio",
-            "doorbells",
-            "latched",
-            "hlt",
-            "interrupts",
-            "switches",
-            "kicks",
-            "exceptions_python",
-        )
-    )
+    _fields_ = tuple((name, ctypes.c_uint64) for name in COUNTERS)
 
 
 def _unavailable(reason: str, hint: str) -> BackendUnavailable:
@@ -84,6 +74,8 @@ def engine_path() -> Path:
 
 
 def _already_loaded(path: Path) -> bool:
+    if sys.platform == "win32":
+        return False
     try:
         ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_NOLOAD)
     except OSError:
@@ -151,7 +143,7 @@ def load() -> ctypes.CDLL:
 
 
 def _load() -> ctypes.CDLL:
-    if sys.platform != "linux" or sys.maxsize < 2**32:
+    if sys.platform != "linux" or os.uname().machine != "x86_64":
         raise _unavailable("its shim exists for Linux on x86-64 only", "use a hardware backend on this system")
     shim_path = _HERE / "_shim.so"
     if not shim_path.exists():

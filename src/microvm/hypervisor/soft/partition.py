@@ -85,7 +85,7 @@ class SoftPartition:
             return out[0], out[1], out[2], out[3]
 
         table = cpuid.leaves(engine)
-        entries = (library.CpuidEntry * len(table))(*table)
+        entries = (library.CpuidEntry * len(table))(*(library.CpuidEntry(*leaf) for leaf in table))
         self._shim.mv_set_cpuid(self.handle, entries, len(table))
 
     def _open(self) -> int:
@@ -172,7 +172,7 @@ class SoftPartition:
     def counters(self) -> dict[str, int]:
         """How often what happened since creation, for statistics."""
         raw = ctypes.cast(self._shim.mv_counters(self._open()), ctypes.POINTER(library.Counters)).contents
-        return {name: getattr(raw, name) for name, _ in raw._fields_ if name != "exceptions_python"}
+        return {name: getattr(raw, name) for name in library.COUNTERS}
 
     def close(self) -> None:
         handle, self.handle = self.handle, None

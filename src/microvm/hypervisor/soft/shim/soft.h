@@ -83,7 +83,7 @@ typedef struct Vcpu {
 } Vcpu;
 
 typedef struct Counters {
-    uint64_t pio, mmio, doorbells, latched, hlt, interrupts, switches, kicks, exceptions_python;
+    uint64_t pio, mmio, doorbells, latched, hlt, interrupts, switches, kicks;
 } Counters;
 
 typedef struct Partition {
