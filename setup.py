@@ -4,7 +4,7 @@
 - the shim of the software CPU, for this host's Python: ``microvm/hypervisor/soft/_shim.so``
 
 Both are made in the source tree, when a source is newer, so that editable installs, wheels and
-``python setup.py build_native`` see the same files. Neither is required: without a compiler there is a warning.
+``python setup.py build_native`` (the C programs alone) see the same files. Neither is required: without a compiler there is a warning.
 """
 
 from __future__ import annotations
@@ -15,14 +15,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-
-from setuptools import Command, Distribution, setup
-from setuptools.command.build_py import build_py
-
-try:
-    from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:  # setuptools before 70.1
-    from wheel.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
 GUEST = ROOT / "src/microvm/agent/guest"
@@ -74,46 +66,36 @@ def build_native() -> None:
         compile_to(SHIM, SHIM_SOURCES, [os.environ.get("CC", ""), "cc", "gcc"], SHIM_FLAGS)
 
 
-class BuildNative(Command):
-    """``python setup.py build_native``: the C programs alone, in the source tree."""
+def package() -> None:
+    """Run setuptools. Imported here: ``build_native`` must work with no setuptools, or with any."""
+    from setuptools import Distribution, setup
+    from setuptools.command.bdist_wheel import bdist_wheel
+    from setuptools.command.build_py import build_py
 
-    description = "compile the guest agent and the shim of the software CPU"
-    user_options: list[tuple[str, str | None, str]] = []  # noqa: RUF012 - the shape setuptools asks for
+    class BuildPy(build_py):
+        """The C programs are package data: they must be there before the data files are listed."""
 
-    def initialize_options(self) -> None:
-        pass
+        def run(self) -> None:
+            build_native()
+            super().run()
 
-    def finalize_options(self) -> None:
-        pass
+    class NativeDistribution(Distribution):
+        """A wheel with the shim in it is for this kind of host."""
 
-    def run(self) -> None:
-        build_native()
+        def has_ext_modules(self) -> bool:
+            return SHIM.exists()
 
+    class BdistWheel(bdist_wheel):
+        """Any Python 3 on this kind of host: the shim is loaded by ctypes and knows no Python."""
 
-class BuildPy(build_py):
-    """The C programs are package data: they must be there before the data files are listed."""
+        def get_tag(self) -> tuple[str, str, str]:
+            _python, _abi, host = super().get_tag()
+            return "py3", "none", host
 
-    def run(self) -> None:
-        build_native()
-        super().run()
-
-
-class NativeDistribution(Distribution):
-    """A wheel with the shim in it is for this kind of host."""
-
-    def has_ext_modules(self) -> bool:
-        return SHIM.exists()
+    setup(distclass=NativeDistribution, cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel})
 
 
-class BdistWheel(bdist_wheel):
-    """Any Python 3 on this kind of host: the shim is loaded by ctypes and knows no Python."""
-
-    def get_tag(self) -> tuple[str, str, str]:
-        _python, _abi, host = super().get_tag()
-        return "py3", "none", host
-
-
-setup(
-    distclass=NativeDistribution,
-    cmdclass={"build_py": BuildPy, "build_native": BuildNative, "bdist_wheel": BdistWheel},
-)
+if sys.argv[1:] == ["build_native"]:
+    build_native()
+else:
+    package()
