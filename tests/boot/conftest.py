@@ -75,10 +75,10 @@ def image() -> Any:
 def backend() -> str:
     """The backend that boot tests use; without one they are skipped."""
     from microvm.errors import MicroVMError
-    from microvm.hypervisor.select import select
+    from microvm.hypervisor.select import choose
 
     try:
-        return select(BACKEND).name
+        return choose(BACKEND).name
     except MicroVMError as error:
         return str(missing("soft", str(error)))
 

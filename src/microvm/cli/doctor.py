@@ -37,12 +37,16 @@ def run(args: argparse.Namespace) -> int:
 
 def examine() -> dict[str, Any]:
     """Everything doctor knows, as JSON-ready data. Takes about a second: backends are probed by running a guest."""
+    from ..errors import BackendUnavailable
     from ..hypervisor import select
     from ..images import images, kernels
     from ..machine.config import host_memory_mib
 
     available = select.probe_all()
-    auto = select.fastest(available)
+    try:
+        auto = select.automatic().name
+    except BackendUnavailable:
+        auto = None
     return {
         "version": __version__,
         "python": platform.python_version(),

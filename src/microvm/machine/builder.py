@@ -262,8 +262,8 @@ def _drain(transport: VirtioMmio) -> None:
 def build(config: MachineConfig, hypervisor: Hypervisor | None, end: EndMachine) -> Machine:
     """Assemble a machine. Raises ConfigError, BootError, BackendUnavailable, HostError; then nothing is left of it."""
     if hypervisor is None:
-        from ..hypervisor.select import select
+        from ..hypervisor.select import choose
 
         config.check_files()  # before the backends are probed: a wrong file name is answered at once
-        hypervisor = select(config.backend)
+        hypervisor = choose(config.backend)
     return Machine(config, hypervisor, end)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from ..errors import ConfigError
+from ..hypervisor.select import AUTO, backend_names
 from ..memory.guest import MIN_MEMORY_MIB
 
 MAX_CPUS: Final = 32
@@ -25,7 +26,6 @@ MAX_CMDLINE: Final = 2047  # Linux's COMMAND_LINE_SIZE on x86 is 2048 with its N
 SECTOR: Final = 512
 MIN_GUEST_CID: Final = 3  # [virtio-v1.2] 5.10.4: 0, 1 and 2 are reserved
 MAX_GUEST_CID: Final = 0xFFFF_FFFE
-BACKENDS: Final = ("auto", "soft", "kvm", "whp", "hvf")
 
 PathLike = str | os.PathLike[str]
 
@@ -126,8 +126,9 @@ def check_cpus(cpus: int) -> None:
 
 def check_backend(name: str) -> None:
     """Raise ConfigError unless there is a backend of that name."""
-    if name not in BACKENDS:
-        raise ConfigError("backend", name, f"must be one of {', '.join(BACKENDS)}")
+    names = (AUTO, *backend_names())
+    if name not in names:
+        raise ConfigError("backend", name, f"must be one of {', '.join(names)}")
 
 
 def check_cmdline(cmdline: str) -> None:

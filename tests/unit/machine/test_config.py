@@ -44,7 +44,7 @@ def test_reserved_vsock_addresses_are_refused(cid: int) -> None:
 
 
 def test_unknown_backend_is_refused_with_the_choice() -> None:
-    with pytest.raises(ConfigError, match="auto, soft, kvm"):
+    with pytest.raises(ConfigError, match="one of auto, "):
         MachineConfig(Path("kernel"), backend="xen")
 
 
