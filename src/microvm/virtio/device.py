@@ -120,7 +120,8 @@ class VirtioDevice:
     """Base of all devices; see the module for how to write one. [virtio-v1.2] 2, 3.
 
     Class attributes to set: ``device_id``, ``queues``, and if needed ``device_features`` (the transport's are added)
-    and ``config``, the configuration space as the driver reads it. Both may be set per instance.
+    and ``config``, the configuration space as the driver reads it. Both may be set per instance. Once the device is
+    attached, ``memory`` is the guest's.
     """
 
     device_id: ClassVar[int]
@@ -130,6 +131,7 @@ class VirtioDevice:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        self.memory: GuestMemory
         self.status = 0
         self.driver_features = 0
         self.config_generation = 0
@@ -245,6 +247,7 @@ class VirtioDevice:
         """
         if self.vqs:
             raise InternalError(f"{self.name} is attached twice")
+        self.memory = memory
         self._interrupt = interrupt
         self._rearm = rearm
         self.vqs = [Queue(memory, index, spec.name, spec.max_size) for index, spec in enumerate(self.queues)]
