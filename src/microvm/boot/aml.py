@@ -44,7 +44,7 @@ def path(value: str) -> bytes:
     r"""A name such as ``_CRS``, ``\_SB.PWRB`` or ``^GED``; segments are padded with underscores. 20.2.2"""
     bare = value.lstrip("\\^")
     prefix = value[: len(value) - len(bare)].encode("ascii")
-    if prefix.startswith(b"\\") and len(prefix) > 1:
+    if b"\\" in prefix and len(prefix) > 1:
         raise ValueError(f"no AML name: {value}")
     if not bare:
         return prefix + b"\0"

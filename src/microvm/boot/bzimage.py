@@ -122,7 +122,7 @@ def extract(image: Image, kernel: BzImage) -> bytes | bytearray | None:
         return None
     packed = memoryview(image.read(kernel.payload_offset, kernel.payload_size))
     data = packed.obj if elf.is_elf(bytes(packed[:4])) else codecs.unpack(packed)
-    if not isinstance(data, (bytes, bytearray)) or not elf.is_elf(data[:4]):
+    if not isinstance(data, (bytes, bytearray)) or not elf.is_elf(bytes(data[:4])):
         return None
     return data
 

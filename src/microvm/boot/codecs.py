@@ -1,4 +1,4 @@
-"""Decompressing kernel payloads on the host: what the standard library decodes, and LZ4 and zstd where the host has them.
+"""Decompressing kernel payloads on the host: by the standard library, and LZ4 and zstd where the host has them.
 
 A kernel that unpacks itself does it on the guest's processor, which is slow when that is software. Whatever cannot be
 decoded here is no error: the kernel then does unpack itself. Every decoder is told the size the payload claims and
@@ -79,7 +79,7 @@ def _lz4(packed: memoryview, size: int) -> bytearray:
     while filled < size and position + 4 <= end:
         (length,) = _U32.unpack_from(packed, position)
         position += 4
-        if packed[position - 4 : position] == _LZ4_LEGACY:
+        if bytes(packed[position - 4 : position]) == _LZ4_LEGACY:
             continue
         if length == 0 or length > end - position:
             raise ValueError("lz4")

@@ -1,7 +1,7 @@
 """Reading an ELF kernel: checked headers first, then one copy of each segment into the guest.
 
-Every offset and size comes from the file and is compared, as a Python integer that cannot wrap, with the file's size and
-with the guest's RAM before anything is copied.
+Every offset and size comes from the file and is compared, as a Python integer that cannot wrap, with the file's size
+and with the guest's RAM before anything is copied.
 """
 
 from __future__ import annotations
