@@ -100,6 +100,8 @@ class _Session:
         self.gone = threading.Event()  # nobody reads our output any more
 
     def run(self) -> int:
+        from ..agent.client import DEVNULL, PIPE
+
         args = self.args
         wants_input = terminal.is_open(terminal.STDIN) and (
             args.interactive or args.tty or not terminal.is_terminal(terminal.STDIN)
@@ -110,7 +112,7 @@ class _Session:
             process = stack.enter_context(
                 self.sandbox.start(
                     args.command,
-                    stdin=wants_input,
+                    stdin=PIPE if wants_input else DEVNULL,
                     pty=(rows, columns) if args.tty else None,
                     timeout=self.timeout,
                 )
