@@ -4,8 +4,8 @@
         result = sandbox.run(["python3", "-c", "print(6 * 7)"])
         print(result.stdout_text)
 
-A sandbox is a machine that boots a kernel, the guest agent as its initial ramdisk and an image as its read-only root with
-a writable overlay in memory. What is asked of it goes to the agent over vsock. It knows the machine only as a
+A sandbox is a machine that boots a kernel, the guest agent as its initial ramdisk and an image as its read-only root
+with a writable overlay in memory. What is asked of it goes to the agent over vsock. It knows the machine only as a
 `SandboxMachine`, so that a machine may as well live in another process.
 """
 
@@ -73,8 +73,8 @@ class Sandbox:
 
     ``image``: a name of ``microvm image list`` or an erofs file. ``kernel``: a name of ``microvm kernel list`` or a
     file; by default the best one there. ``memory_mib``: even, from 64. ``cpus``: 1 to 32. ``backend``: "auto" or a
-    backend's name. ``env``, ``workdir``, ``user`` and ``timeout`` (seconds) are defaults for the commands. ``disks`` are
-    raw images that the guest sees from /dev/vdb on. ``cmdline`` is added to the kernel's command line.
+    backend's name. ``env``, ``workdir``, ``user`` and ``timeout`` (seconds) are defaults for the commands. ``disks``
+    are raw images that the guest sees from /dev/vdb on. ``cmdline`` is added to the kernel's command line.
 
     Entering the ``with`` block, or `boot`, starts it. Leaving the block ends it at once; with writable disks it is shut
     down in order, so that nothing written is lost. Raises ConfigError for what cannot be.
@@ -155,8 +155,8 @@ class Sandbox:
     def boot(self) -> Ready:
         """Start the guest and wait until it can run commands. Returns what the agent said of itself.
 
-        Raises StateError if used before, BackendUnavailable, BootError with the end of the console's output if the guest
-        does not come up. After an error the sandbox is closed.
+        Raises StateError if used before, BackendUnavailable, BootError with the end of the console's output if the
+        guest does not come up. After an error the sandbox is closed.
         """
         with self._lock:
             if self._closed or self._machine is not None:
@@ -188,8 +188,8 @@ class Sandbox:
     ) -> Result:
         """Run a command, wait for its end and return its output and exit code (negative: the signal that ended it).
 
-        A list is run as it is, a string by ``/bin/sh -c``. ``env`` adds to the guest's environment. ``timeout`` in seconds
-        ends the command with all it started. ``stderr=STDOUT`` merges the streams.
+        A list is run as it is, a string by ``/bin/sh -c``. ``env`` adds to the guest's environment. ``timeout`` in
+        seconds ends the command with all it started. ``stderr=STDOUT`` merges the streams.
 
         Raises ExecTimeout with the output so far, ExecError if it cannot be started, if the guest ends meanwhile or if a
         stream is longer than ``max_output`` bytes, CommandFailed with ``check``.
@@ -228,7 +228,7 @@ class Sandbox:
     ) -> Process:
         """Start a command and return it running, in the manner of ``subprocess.Popen``.
 
-        ``pty``: rows and columns of a terminal for it. For the rest see `run`. Raises ExecError if it cannot be started.
+        ``pty``: rows and columns of a terminal for it. For the rest see `run`. Raises ExecError if it cannot start.
         """
         client = self._agent()
         try:

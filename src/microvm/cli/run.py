@@ -37,20 +37,26 @@ def add_parser(subparsers: Any) -> None:
         "run",
         usage="microvm run [OPTIONS] [--] COMMAND [ARG]...",
         help="run a command in a fresh microVM",
-        description="Run a command in a fresh microVM. Standard streams and signals are passed on, and the exit code is "
-        "the command's: 128+N if signal N ended it, 124 after --timeout, 127 if there is no such command, 126 if it "
+        description="Run a command in a fresh microVM. Standard streams and signals are passed on, and the exit code "
+        "is the command's: 128+N if signal N ended it, 124 after --timeout, 127 if there is no such command, 126 if it "
         "cannot be run, 125 if the sandbox failed. Ctrl-C goes to the command; three in a row end the machine.",
     )
     parser.add_argument("--image", metavar="NAME", default="python", help="an image of `image list` (default python)")
-    parser.add_argument("--kernel", metavar="KERNEL", help="a name of `kernel list`, or a file (default: the best there)")
+    parser.add_argument(
+        "--kernel", metavar="KERNEL", help="a name of `kernel list`, or a file (default: the best there)"
+    )
     options.add_machine_options(parser, memory="256")
-    parser.add_argument("--env", metavar="NAME=VALUE", action="append", default=[], help="set a variable; NAME passes ours")
+    parser.add_argument(
+        "--env", metavar="NAME=VALUE", action="append", default=[], help="set a variable; NAME passes ours"
+    )
     parser.add_argument("--workdir", metavar="DIR", help="the working directory in the guest")
     parser.add_argument("--user", metavar="USER[:GROUP]", help="whom to run it as (default root)")
     parser.add_argument("--timeout", metavar="S", help="end the command after so many seconds, exit code 124")
     parser.add_argument("-i", "--interactive", action="store_true", help="pass standard input on even from a terminal")
     parser.add_argument("-t", "--tty", action="store_true", help="give the command a terminal")
-    parser.add_argument("-v", "--verbose", action="store_true", help="show the guest's console and how long the boot took")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="show the guest's console and how long the boot took"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
 
 
@@ -222,4 +228,3 @@ class _Session:
         assert self.process is not None
         with contextlib.suppress(MicroVMError, OSError):
             self.process.send_signal(number)
-

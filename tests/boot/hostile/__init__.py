@@ -6,10 +6,22 @@ import shutil
 import subprocess
 from pathlib import Path
 
-FLAGS = (
-    "-m32 -march=i686 -O2 -ffreestanding -nostdlib -static -fno-pie -no-pie -fno-stack-protector -mno-sse -mno-mmx "
-    "-fno-asynchronous-unwind-tables -Wall -Wextra -Wl,-Ttext-segment=0x100000 -Wl,--build-id=none -Wl,-z,noexecstack -Wl,-N"
-).split()
+FLAGS = [
+    *(
+        "-m32",
+        "-march=i686",
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-ffreestanding",
+        "-nostdlib",
+        "-static",
+        "-fno-pie",
+        "-no-pie",
+    ),
+    *("-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-mno-sse", "-mno-mmx"),
+    *("-Wl,-Ttext-segment=0x100000", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,-N"),
+]
 
 
 def build(folder: Path) -> Path | None:
@@ -19,7 +31,6 @@ def build(folder: Path) -> Path | None:
         return None
     source, narrow, kernel = Path(__file__).with_name("hostile.c"), folder / "hostile.32", folder / "hostile"
     subprocess.run([compiler, *FLAGS, str(source), "-o", str(narrow)], check=True, capture_output=True)
-    subprocess.run(
-        [objcopy, "-I", "elf32-i386", "-O", "elf64-x86-64", str(narrow), str(kernel)], check=True, capture_output=True
-    )
+    convert = [objcopy, "-I", "elf32-i386", "-O", "elf64-x86-64", str(narrow), str(kernel)]
+    subprocess.run(convert, check=True, capture_output=True)
     return kernel
