@@ -22,7 +22,7 @@ STDOUT: Final = -2
 DEVNULL: Final = -3
 
 _SPARE_CONNECTIONS: Final = 4
-_GRACE_S: Final = 5.0  # for the guest to end a command whose time is over, before the host gives up on it
+GRACE_S: Final = 5.0  # for the guest to end a command whose time is over, before the host gives up on it
 
 
 def stdio_mode(what: str, value: int, merge: bool = False) -> int:
@@ -157,7 +157,7 @@ class AgentClient:
             leave_running=leave_running,
             started=False,
         )
-        deadline = None if timeout is None else time.monotonic() + timeout + _GRACE_S
+        deadline = None if timeout is None else time.monotonic() + timeout + GRACE_S
         result = self._drive(op.run(request, input, timeout, max_output), lambda: deadline)
         return result.check() if check else result
 
