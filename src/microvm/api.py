@@ -17,14 +17,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol, Self
+from typing import TYPE_CHECKING, Final, Protocol, Self, TypedDict
 
 from .agent.client import DEVNULL, PIPE, STDOUT, AgentClient
 from .agent.files import Files
 from .agent.operations import Result
 from .agent.process import Process
 from .agent.protocol import PORT, FileInfo, GuestInfo, GuestPath, Ready, Text
-from .errors import BootError, ConfigError, ExecError, ExecTimeout, MicroVMError, StateError
+from .errors import BootError, CommandFailed, ConfigError, ExecError, ExecTimeout, MicroVMError, StateError
 from .machine.config import DiskConfig, MachineConfig
 
 if TYPE_CHECKING:
@@ -44,6 +44,13 @@ TAIL_LINES: Final = 6
 TAIL_BYTES: Final = 4096
 
 Command = str | Sequence[Text]
+
+
+class _ExecOptions(TypedDict):
+    env: Mapping[str, str]
+    cwd: GuestPath | None
+    user: str | None
+    timeout: float | None
 
 
 class SandboxMachine(Protocol):
@@ -144,6 +151,16 @@ class Sandbox:
         return self.vm.backend
 
     @property
+    def closed(self) -> bool:
+        """Whether it is over, by `close` or because it did not come up."""
+        return self._closed
+
+    @property
+    def has_writable_disks(self) -> bool:
+        """Whether the guest was given disks of its own that it can write."""
+        return self._writable
+
+    @property
     def files(self) -> Files:
         """The guest's files: read, write, list, put, get and more."""
         return self._agent().files
@@ -195,20 +212,19 @@ class Sandbox:
         stream is longer than ``max_output`` bytes, CommandFailed with ``check``.
         """
         client = self._agent()
+        data = input.encode() if isinstance(input, str) else input
+        options = self._defaults(env, cwd, user, timeout)
         try:
             return client.run(
                 _words(command),
-                input=input.encode() if isinstance(input, str) else input,
-                env={**self._env, **(env or {})},
-                cwd=self._workdir if cwd is None else cwd,
-                user=self._user if user is None else user,
-                timeout=self._timeout if timeout is None else timeout,
+                input=data,
                 check=check,
                 stdout=stdout,
                 stderr=stderr,
                 max_output=max_output,
+                **options,
             )
-        except ExecTimeout:
+        except (ExecTimeout, CommandFailed):
             raise
         except ExecError as error:
             raise self._explain(error) from error.__cause__
@@ -228,21 +244,12 @@ class Sandbox:
     ) -> Process:
         """Start a command and return it running, in the manner of ``subprocess.Popen``.
 
-        ``pty``: rows and columns of a terminal for it. For the rest see `run`. Raises ExecError if it cannot start.
+        ``pty``: rows and columns of a terminal for it; the rest as for `run`. Raises ExecError if it cannot start.
         """
         client = self._agent()
+        options = self._defaults(env, cwd, user, timeout)
         try:
-            return client.start(
-                _words(command),
-                stdin=stdin,
-                stdout=stdout,
-                stderr=stderr,
-                pty=pty,
-                env={**self._env, **(env or {})},
-                cwd=self._workdir if cwd is None else cwd,
-                user=self._user if user is None else user,
-                timeout=self._timeout if timeout is None else timeout,
-            )
+            return client.start(_words(command), stdin=stdin, stdout=stdout, stderr=stderr, pty=pty, **options)
         except ExecError as error:
             raise self._explain(error) from error.__cause__
 
@@ -274,6 +281,17 @@ class Sandbox:
                 self._client.close()
             if self._machine is not None:
                 self._machine.close()
+
+    def _defaults(
+        self, env: Mapping[str, str] | None, cwd: GuestPath | None, user: str | None, timeout: float | None
+    ) -> _ExecOptions:
+        """What a command is given, with the sandbox's own settings where it has none."""
+        return {
+            "env": {**self._env, **(env or {})},
+            "cwd": self._workdir if cwd is None else cwd,
+            "user": self._user if user is None else user,
+            "timeout": self._timeout if timeout is None else timeout,
+        }
 
     def _agent(self) -> AgentClient:
         if self._closed:

@@ -148,11 +148,10 @@ def host_memory_mib() -> int:
     """The host's RAM in MiB, or 0 where it cannot be told."""
     if sys.platform == "win32":
         return 0
-    else:
-        try:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
-        except (ValueError, OSError):
-            return 0
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+    except (ValueError, OSError):
+        return 0
 
 
 def _path(field: str, path: PathLike) -> Path:
