@@ -8,8 +8,6 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-import pytest
-
 from microvm.bus import Bus
 from microvm.hypervisor.base import (
     Hypervisor,
@@ -141,17 +139,16 @@ class Machine:
         except BaseException:
             self.close()
             raise
-        observe = getattr(self.partition, "attach_memory", None)
-        if observe is not None:
-            observe(self.memory)
+        if self.partition.caps.host_writes:
+            self.memory.observe(self.partition.host_wrote)
 
     @property
     def vcpu(self) -> Vcpu:
         return self.vcpus[0]
 
     def running(self) -> Vcpu:
-        """The vCPU whose thread asks."""
-        return self._by_thread[threading.get_ident()]
+        """The vCPU whose thread asks; vCPU 0 where a backend serves its exit on another vCPU's thread."""
+        return self._by_thread.get(threading.get_ident(), self.vcpu)
 
     def __enter__(self) -> Machine:
         return self
