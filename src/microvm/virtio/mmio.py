@@ -187,8 +187,6 @@ class VirtioMmio:
         return self.device.vqs[self._queue_sel] if self._queue_sel < self._queue_count else None
 
     def _read_features(self) -> int:
-        if self._device_features_sel > 1:
-            return 0
         return (self.device.offered_features >> (32 * self._device_features_sel)) & _ALL_ONES
 
     def _read_queue_num_max(self) -> int:

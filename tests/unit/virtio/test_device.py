@@ -304,6 +304,7 @@ def test_a_broken_device_stays_broken_over_a_restore(driver: FakeDriver) -> None
     driver.move_to(Echo())
     assert driver.needs_reset
     assert not driver.device.running
+    assert echo(driver).served == 0
 
 
 def test_the_state_of_another_device_is_refused(driver: FakeDriver) -> None:
