@@ -72,6 +72,7 @@ class VirtioMmio:
         self._driver_features_sel = 0
         self._queue_sel = 0
         self._queue_count = len(device.queues)
+        self._process = device.process
         self._waiting = [False] * self._queue_count
         self._serve = self.process if notifier is None else self._notify
         device.attach(memory, self._interrupt, None if notifier is None else self._notify)
@@ -103,7 +104,7 @@ class VirtioMmio:
     def process(self, index: int) -> None:
         """Serve queue ``index``: what the I/O thread calls for a notification. Raises InternalError for our bugs."""
         self._waiting[index] = False  # before the ring is looked at: a notification from here on counts anew
-        self.device.process(index)
+        self._process(index)
 
     def _notify(self, index: int) -> None:
         # A driver that notifies in a loop must not fill the I/O thread's list of things to do.
