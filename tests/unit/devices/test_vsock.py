@@ -127,6 +127,7 @@ def test_long_stream_to_the_guest_arrives_in_order(split: bool) -> None:
 def test_refused_by_nobody_listening_and_by_ports_of_the_host() -> None:
     world = World()
     assert world.guest.open(GUEST, 1).op == Op.RST
+    world.device.accept = lambda connection: Peer()
     assert world.guest.open(GUEST, FIRST_HOST_PORT).op == Op.RST
     assert not world.device.connections
     world.device.accept = None
