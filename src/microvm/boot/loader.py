@@ -14,7 +14,7 @@ from typing import Final
 from ..hypervisor.base import Registers
 from ..memory import GuestMemory
 from ..spec import bootparam
-from . import acpi, bzimage, cmdline, elf, initrd, layout, linux, memmap, pvh
+from . import acpi, bzimage, cmdline, elf, firmware, initrd, layout, linux, memmap, pvh
 from .image import Image, ImageSource, open_image
 
 PROTOCOL_PVH: Final = "pvh"
@@ -82,6 +82,7 @@ def load(
         state = _load_bzimage(memory, image, packed, disks, min(ram_end, ceiling), entries)
     memory.write(layout.CMDLINE, line)
     memory.write(layout.ACPI_TABLES, tables)
+    memory.write(layout.RESET_VECTOR, firmware.reset_vector())
     return state
 
 

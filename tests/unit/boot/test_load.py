@@ -31,6 +31,11 @@ def e820(memory: GuestMemory) -> list[tuple[int, ...]]:
     return [memory.unpack(bootparam.E820_ENTRY, base + 20 * index) for index in range(count)]
 
 
+def _pvh_map(memory: GuestMemory) -> list[tuple[int, ...]]:
+    map_gpa, entries = memory.unpack(pvh.START_INFO, layout.PVH_START_INFO)[7:9]
+    return [memory.unpack(pvh.MEMMAP_ENTRY, map_gpa + 24 * index)[:3] for index in range(entries)]
+
+
 def test_elf_with_note_starts_by_pvh(memory: GuestMemory) -> None:
     state = boot.load(memory, make_elf(), [b"initrd"], "console=ttyS0")
     registers = state.registers
@@ -52,8 +57,8 @@ def test_pvh_start_info_names_everything(memory: GuestMemory) -> None:
     assert memory.read(cmdline_gpa, 14) == b"console=ttyS0\0"
     assert memory.read(rsdp_gpa, 8) == b"RSD PTR "
     assert memory.unpack(pvh.MODULE, modules_gpa) == (*state.initrd, 0, 0) if state.initrd else False
-    table = [memory.unpack(pvh.MEMMAP_ENTRY, map_gpa + 24 * index)[:3] for index in range(entries)]
-    assert table == [(0, 0x9FC00, 1), (0x9FC00, 0x60400, 2), (0x100000, 63 * MIB, 1)]
+    assert (map_gpa, entries) == (layout.PVH_START_INFO + 56 + 32, 3)
+    assert _pvh_map(memory) == [(0, 0x9FC00, 1), (0x9FC00, 0x60400, 2), (0x100000, 63 * MIB, 1)]
 
 
 def test_pvh_without_initrd_has_no_module(memory: GuestMemory) -> None:
@@ -111,6 +116,7 @@ def test_boot_areas_do_not_overlap() -> None:
             (layout.PAGE_TABLES, 0x6000),
             (layout.CMDLINE, layout.CMDLINE_MAX),
             (layout.ACPI_TABLES, layout.ACPI_TABLES_END - layout.ACPI_TABLES),
+            (layout.RESET_VECTOR, 16),
         ]
     )
     for (low, size), (high, _) in itertools.pairwise(areas):
@@ -140,6 +146,14 @@ def test_bzimage_with_known_compression_is_unpacked_here(memory: GuestMemory) ->
 
 def test_unpacking_can_be_declined(memory: GuestMemory) -> None:
     assert boot.load(memory, make_bzimage(gzip_payload(make_elf())), unpack=False).protocol == "bzimage"
+
+
+def test_restart_through_the_bios_reaches_the_reset_register(memory: GuestMemory) -> None:
+    boot.load(memory, make_elf())
+    code = memory.read(0xF_FFF0, 10)
+    assert code == bytes.fromhex("ba0206 b006 ee fa f4 ebfd")
+    reserved = [(gpa, size) for gpa, size, kind in _pvh_map(memory) if kind == 2]
+    assert any(gpa <= 0xF_FFF0 < gpa + size for gpa, size in reserved)
 
 
 def test_zero_setup_sectors_mean_four(memory: GuestMemory) -> None:
