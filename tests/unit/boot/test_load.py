@@ -185,12 +185,19 @@ def test_initrd_larger_than_memory_is_refused(memory: GuestMemory) -> None:
 
 def test_initrd_never_covers_the_kernel() -> None:
     small = GuestMemory.allocate(18 * MIB)
-    room = 18 * MIB - (LOAD_GPA + 2 * len(TEXT))
-    state = boot.load(small, make_elf(), [bytes(room & -4096)])
+    room = 18 * MIB - (LOAD_GPA + 2 * len(TEXT)) & -4096
+    state = boot.load(small, make_elf(), [bytes(room)])
     assert state.initrd is not None
     assert state.initrd.gpa >= state.kernel_end
-    with pytest.raises(BootError, match="does not fit"):
-        boot.load(small, make_elf(), [bytes((room & -4096) + 4)])
+
+
+def test_initrd_without_room_above_the_kernel_goes_below() -> None:
+    small = GuestMemory.allocate(18 * MIB)
+    state = boot.load(small, make_elf(), [bytes(15 * MIB)])
+    assert state.initrd == (MIB, 15 * MIB)
+    assert state.initrd.gpa + state.initrd.size <= state.kernel_start
+    with pytest.raises(BootError, match=r"does not fit .* beside the kernel there are 15\.0 MiB"):
+        boot.load(small, make_elf(), [bytes(15 * MIB + 1)])
 
 
 def test_memory_beyond_the_hole_is_in_the_map() -> None:
