@@ -1,5 +1,84 @@
-"""microvm: an embeddable microVM monitor."""
+"""microvm: an embeddable microVM monitor.
+
+    import microvm
+
+    with microvm.Sandbox() as sandbox:
+        print(sandbox.run(["python3", "-c", "print(6 * 7)"]).text)
+
+`Sandbox` runs commands in a Linux guest, `MicroVM` is the machine below it, `microvm.aio` is the asyncio mirror. Names
+are loaded when first used: importing the package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from ._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from . import aio as aio
+    from . import errors as errors
+    from .api import Files, Process, Result, Sandbox
+    from .errors import (
+        BackendUnavailable,
+        BootError,
+        ConfigError,
+        ExecError,
+        ExecTimeout,
+        GuestError,
+        HostError,
+        InternalError,
+        MicroVMError,
+        StateError,
+    )
+    from .machine.config import DiskConfig, MachineConfig
+    from .machine.machine import MicroVM
+    from .machine.outcome import Outcome
+
+__all__ = [
+    "BackendUnavailable",
+    "BootError",
+    "ConfigError",
+    "DiskConfig",
+    "ExecError",
+    "ExecTimeout",
+    "Files",
+    "GuestError",
+    "HostError",
+    "InternalError",
+    "MachineConfig",
+    "MicroVM",
+    "MicroVMError",
+    "Outcome",
+    "Process",
+    "Result",
+    "Sandbox",
+    "StateError",
+    "__version__",
+    "aio",
+]
+
+_HOME = {
+    **dict.fromkeys(("Files", "Process", "Result", "Sandbox"), "api"),
+    **dict.fromkeys(("DiskConfig", "MachineConfig"), "machine.config"),
+    "MicroVM": "machine.machine",
+    "Outcome": "machine.outcome",
+    **dict.fromkeys((name for name in __all__ if name.endswith(("Error", "Timeout", "Unavailable"))), "errors"),
+}
+
+
+def __getattr__(name: str) -> object:
+    import importlib
+
+    if name in ("aio", "errors"):
+        return importlib.import_module(f".{name}", __name__)
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

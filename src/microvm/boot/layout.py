@@ -5,10 +5,12 @@ Low memory follows the PC; everything that is not RAM sits in the hole between 3
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
+
+from ..errors import ConfigError
 
 GDT: Final = 0x500  # boot GDT: four descriptors, read once by the kernel's entry code
-BOOT_PARAMS: Final = 0x7000  # Linux zero page (4 KiB) or the PVH start info
+BOOT_PARAMS: Final = 0x7000  # Linux zero page (4 KiB)
 PVH_START_INFO: Final = 0x6000  # hvm_start_info, then the module list and the memory map
 BOOT_STACK: Final = 0x8FF0  # top of the stack the 64-bit entry starts with
 PAGE_TABLES: Final = 0x9000  # identity map for the 64-bit entry: PML4, PDPT, four page directories (0x9000-0xefff)
@@ -39,3 +41,19 @@ RESET_PORT: Final = 0x602  # ACPI reset register, value RESET_VALUE
 RESET_VALUE: Final = 0x06
 I8042_PORT: Final = 0x64  # answers only the reset command, for kernels told reboot=k
 GED_GSI: Final = 5  # ACPI generic event device: power button, later hot plug and VM generation id
+GED_SPARE_GSIS: Final = (1, 2, 3)  # legacy lines nothing uses: one for each further source of ACPI events
+
+
+class VirtioSlot(NamedTuple):
+    """Where one virtio-mmio transport sits: registers at ``gpa``, ``size`` bytes, interrupt ``gsi``."""
+
+    gpa: int
+    size: int
+    gsi: int
+
+
+def virtio_slot(index: int) -> VirtioSlot:
+    """The place of transport ``index``, counted from 0. Raises ConfigError beyond `VIRTIO_SLOTS`."""
+    if not 0 <= index < VIRTIO_SLOTS:
+        raise ConfigError("devices", index + 1, f"at most {VIRTIO_SLOTS} virtio devices")
+    return VirtioSlot(VIRTIO_MMIO + index * VIRTIO_MMIO_STEP, VIRTIO_MMIO_STEP, VIRTIO_GSI + index)

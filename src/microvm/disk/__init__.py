@@ -1,1 +1,5 @@
 """Disk images as devices see them."""
+
+from .raw import RawDisk
+
+__all__ = ["RawDisk"]

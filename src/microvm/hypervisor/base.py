@@ -95,7 +95,7 @@ class Table:
 
 @dataclass(slots=True)
 class Registers:
-    """The registers every backend can read and set: after construction, those of a vCPU after reset. [SDM] 3A 10.1.1."""
+    """The registers every backend has; as constructed, those of a vCPU after reset. [SDM] 3A 10.1.1."""
 
     rax: int = 0
     rcx: int = 0

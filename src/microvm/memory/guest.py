@@ -217,7 +217,7 @@ class GuestMemory:
         if gpa % PAGE_SIZE or size % PAGE_SIZE:
             raise GuestMemoryError(f"guest range {gpa:#x} + {size:#x} is not whole pages")
         mapping = self._mapping
-        if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+        if sys.platform != "win32" and mapping is not None:
             mapping.madvise(mmap.MADV_DONTNEED, region.hva - self.regions[0].hva + gpa - region.gpa, size)
         else:
             start = gpa - region.gpa

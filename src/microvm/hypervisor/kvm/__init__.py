@@ -1,0 +1,5 @@
+"""Linux KVM."""
+
+from .hypervisor import KvmHypervisor
+
+__all__ = ["KvmHypervisor"]

@@ -1,0 +1,126 @@
+"""System calls on /dev/kvm, with errors as `HostError`.
+
+Everything goes through one `Api` object, so that tests can stand between the backend and the host. `KVM_RUN` alone
+does not: `vcpu.py` binds the C function itself. Nothing here uses `fcntl.ioctl`, which refuses integers over 2**31-1
+and buffers over 1,024 bytes, and from Python 3.14 on retries on EINTR.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import mmap
+import os
+import sys
+from typing import Any
+
+from ...errors import BackendUnavailable, HostError
+from . import abi
+
+
+@functools.cache
+def libc() -> ctypes.CDLL:
+    """The C library, opened so that ``ctypes.get_errno`` works."""
+    return ctypes.CDLL(None, use_errno=True)
+
+
+class Api:
+    """The host's calls. All raise `HostError` when the host refuses."""
+
+    def __init__(self) -> None:
+        function = libc()["ioctl"]
+        function.restype = ctypes.c_int
+        self._ioctl = function
+
+    def open(self, path: str) -> int:
+        """Open a device file. Raises OSError."""
+        return os.open(path, os.O_RDWR)  # Python makes it close-on-exec
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def map_run(self, fd: int, size: int) -> mmap.mmap:
+        """Map a vCPU's ``kvm_run``."""
+        if sys.platform != "linux":
+            raise AssertionError("KVM is Linux")
+        try:
+            return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        except OSError as error:
+            raise host_error("mmap", error.errno or errno.ENOMEM) from None
+
+    def try_ioctl(self, fd: int, request: int, argument: Any = 0) -> int:
+        """The result, or the negated errno."""
+        if not isinstance(argument, int):
+            argument = ctypes.byref(argument)
+        else:
+            argument = ctypes.c_ulong(argument)
+        result: int = self._ioctl(ctypes.c_int(fd), ctypes.c_ulong(request), argument)
+        return result if result >= 0 else -ctypes.get_errno()
+
+    def ioctl(self, fd: int, request: int, argument: Any = 0) -> int:
+        """The result; ``argument`` is an integer or a ctypes object passed by reference. Raises HostError."""
+        while True:
+            result = self.try_ioctl(fd, request, argument)
+            if result >= 0:
+                return result
+            if result != -errno.EINTR:
+                raise host_error(call_name(request), -result)
+
+    def has(self, fd: int, capability: int) -> int:
+        """What KVM_CHECK_EXTENSION says; 0 is absent."""
+        return max(0, self.try_ioctl(fd, abi.KVM_CHECK_EXTENSION, capability))
+
+
+def call_name(request: int) -> str:
+    """The vendor's spelling of an ioctl number."""
+    for name, value in vars(abi).items():
+        if value == request and name.startswith("KVM_") and request >> 8 & 0xFF == 0xAE:
+            return name
+    return f"ioctl {request:#x}"
+
+
+def host_error(call: str, code: int) -> HostError:
+    """The error for a refused call, with a hint where somebody can act on it.
+
+    What the host withholds altogether (memory, descriptors, the processor's extensions) is BackendUnavailable: the
+    same call would fail for every guest of this size.
+    """
+    message = os.strerror(code).lower()
+    if code == errno.ENOMEM:
+        return BackendUnavailable(call, code, message, memory_hint())
+    if code in (errno.EMFILE, errno.ENFILE):
+        limit = "the limit on open files (ulimit -n)" if code == errno.EMFILE else "fs.file-max"
+        return BackendUnavailable(call, code, message, f"raise {limit} or close other machines")
+    if code == errno.EBUSY and call == "KVM_CREATE_VM":
+        hint = "another hypervisor holds the processor's virtualization: stop VirtualBox, VMware or the like"
+        return BackendUnavailable(call, code, message, hint)
+    return HostError(call, code, message)
+
+
+def memory_hint() -> str:
+    """Which limit keeps memory from us, as far as can be told."""
+    if sys.platform == "linux":
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            return f"raise the address space limit, now {limit >> 20} MiB (ulimit -v), or give the guest less memory"
+        group = _cgroup_limit()
+        if group is not None:
+            return f"raise the memory limit of this control group, now {group >> 20} MiB, or give the guest less memory"
+    return "free memory on the host or give the guest less"
+
+
+def _cgroup_limit() -> int | None:
+    """The memory limit of our own control group (version 2), if it has one."""
+    try:
+        with open("/proc/self/cgroup", encoding="ascii") as file:
+            own = next((line[3:].strip() for line in file if line.startswith("0::")), None)
+        if own is None:
+            return None
+        with open(f"/sys/fs/cgroup{own}/memory.max", encoding="ascii") as file:
+            text = file.read().strip()
+        return None if text == "max" else int(text)
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,185 @@
+/* SPDX-License-Identifier: GPL-2.0-only
+ *
+ * The software CPU's shim: what Python calls (mv_*), and what its two halves share. engine.c knows the insides of the
+ * unicorn library (QEMU's TCG), partition.c makes vCPUs, time and interrupts out of it.
+ */
+#ifndef MICROVM_SOFT_H
+#define MICROVM_SOFT_H
+
+#include <pthread.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "apic.h"
+
+#define MV_MAX_VCPUS 32
+#define MV_MAX_REGIONS 32
+#define MV_MAX_DOORBELLS 256
+#define MV_MAX_LATCHES 8
+#define MV_MAX_CPUID 128
+#define MV_DMA_QUEUE 256
+#define MV_PAGE 4096ull
+
+#define ENV_SIZE 5568 /* env up to end_reset_fields: all state of one processor */
+
+/* Set in cpu->interrupt_request. HARD: a vector waits for IF. KICK: partition.c has something to look at. */
+#define REQUEST_HARD 0x2u
+#define REQUEST_KICK 0x40000u
+
+/* Stop reasons, as hypervisor/soft/vcpu.py knows them. */
+enum { STOP_NONE, STOP_KICKED, STOP_HALTED, STOP_TRIPLE_FAULT, STOP_ENGINE, STOP_ABORT, STOP_CALLBACK };
+
+enum { RUN_WAIT_SIPI, RUN_RUNNABLE, RUN_HALTED };
+
+typedef uint64_t (*mv_pio_read)(uint32_t port, uint32_t size);
+typedef void (*mv_pio_write)(uint32_t port, uint32_t size, uint32_t value);
+typedef uint64_t (*mv_mmio_read)(uint64_t gpa, uint32_t size);
+typedef void (*mv_mmio_write)(uint64_t gpa, uint32_t size, uint64_t value);
+typedef void (*mv_eoi)(uint32_t vector);
+
+typedef struct Callbacks {
+    mv_pio_read pio_read;
+    mv_pio_write pio_write;
+    mv_mmio_read mmio_read;
+    mv_mmio_write mmio_write;
+    mv_eoi eoi;
+} Callbacks;
+
+typedef struct Region {
+    uint64_t gpa, size, hva, ram; /* ram: the engine's own address for the block (ram_addr_t) */
+    uint32_t perms;
+    uint8_t *dirty; /* one bit a page, or NULL when not tracked */
+    size_t hook;
+} Region;
+
+typedef struct Doorbell {
+    uint64_t gpa, value;
+    uint32_t size;
+    int fd;
+} Doorbell;
+
+typedef struct CpuidEntry {
+    uint32_t leaf, subleaf, eax, ebx, ecx, edx; /* subleaf 0xffffffff matches all */
+} CpuidEntry;
+
+struct Partition;
+
+typedef struct Vcpu {
+    struct Partition *partition;
+    int index;
+    int created;
+    int run_state;
+    int entered;              /* a thread is inside mv_vcpu_run for it */
+    int stop;                 /* STOP_*: to be returned to that thread */
+    int kicked;               /* atomic, sticky */
+    int init_pending;         /* atomic */
+    int sipi_vector;          /* atomic, -1 none */
+    int nmi_pending;          /* atomic */
+    uint64_t tsc_offset;      /* guest TSC = guest time + this */
+    uint64_t kvm_clock, kvm_wall; /* the paravirtual clock's MSRs */
+    Apic apic;
+    uint8_t context[ENV_SIZE] __attribute__((aligned(16))); /* state while another vCPU is loaded */
+    char detail[160];
+} Vcpu;
+
+typedef struct Counters {
+    uint64_t pio, mmio, doorbells, latched, hlt, interrupts, switches, kicks;
+} Counters;
+
+typedef struct Partition {
+    uint8_t *uc, *cpu, *env;
+    int vcpu_count;
+    Vcpu *loaded;
+    Vcpu vcpus[MV_MAX_VCPUS];
+    Region regions[MV_MAX_REGIONS];
+    int region_count;
+    int sealed; /* the holes are filled with MMIO */
+    struct {
+        uint64_t gpa, size;
+    } holes[MV_MAX_REGIONS + 1];
+    int hole_count;
+    int tracking; /* some region has a dirty bitmap */
+    Doorbell doorbells[MV_MAX_DOORBELLS];
+    int doorbell_count;
+    struct {
+        uint32_t port; /* atomic; 0x10000 is free */
+        uint32_t value;
+    } latches[MV_MAX_LATCHES];
+    CpuidEntry cpuid[MV_MAX_CPUID];
+    int cpuid_count;
+    Callbacks callbacks;
+    Counters counters;
+    uint8_t fresh[ENV_SIZE] __attribute__((aligned(16))); /* processor state of a new engine */
+
+    pthread_mutex_t lock; /* scheduling state below; never held while guest code runs */
+    pthread_cond_t idle_cond, role_cond;
+    int driving;    /* a thread is the driver */
+    int idle;       /* atomic: the driver sleeps in idle_cond */
+    int running;    /* atomic: guest code is being executed */
+    int callback_failed; /* atomic: a Python callback raised; its exception waits on the Python side */
+    int yield_wanted;
+    int64_t slice_end; /* guest time, APIC_NEVER when only one vCPU wants to run */
+    int64_t next_due;  /* earliest APIC timer */
+    int64_t clock_offset; /* guest time = host monotonic + this */
+    int64_t frozen_at;
+    int frozen;
+
+    pthread_mutex_t ticker_lock;
+    pthread_cond_t ticker_cond;
+    pthread_t ticker;
+    int ticker_alive, ticker_quit;
+    int64_t ticker_wake; /* host time it sleeps until, APIC_NEVER while it waits for work; atomic */
+
+    pthread_mutex_t dma_lock;
+    int dma_count; /* atomic */
+    struct {
+        uint64_t gpa, size;
+    } dma[MV_DMA_QUEUE];
+} Partition;
+
+/* engine.c */
+int engine_load(const char *library, char *message, size_t size);
+int engine_open(Partition *p, uint32_t code_buffer, char *message, size_t size);
+void engine_close(Partition *p);
+int engine_run(Partition *p); /* returns the library's error code */
+void engine_stop(Partition *p);
+int engine_halted(const Partition *p);
+void engine_request(Partition *p, uint32_t bits);
+void engine_unrequest(Partition *p, uint32_t bits);
+void engine_poke(Partition *p);
+void engine_flush_tlb(Partition *p);
+void engine_forget_code(Partition *p, uint64_t gpa, uint64_t size);
+int engine_map(Partition *p, Region *region);
+int engine_unmap(Partition *p, uint64_t gpa, uint64_t size, Region *region);
+int engine_map_hole(Partition *p, uint64_t gpa, uint64_t size);
+void engine_cpuid(Partition *p, uint32_t leaf, uint32_t subleaf, uint32_t out[4]);
+int engine_msr_read(Partition *p, uint32_t index, uint64_t *value);
+int engine_msr_write(Partition *p, uint32_t index, uint64_t value);
+int64_t engine_translate(Partition *p, uint64_t gva);
+void engine_reset_state(uint8_t *env, const uint8_t *fresh);
+void engine_sipi_state(uint8_t *env, const uint8_t *fresh, int vector);
+void engine_store(Partition *p, uint8_t *context);
+void engine_load_state(Partition *p, const uint8_t *context);
+int engine_can_interrupt(const uint8_t *env);
+int engine_interrupts_enabled(const uint8_t *env);
+int engine_same_address_space(const uint8_t *a, const uint8_t *b);
+uint64_t engine_rip(const uint8_t *env);
+
+/* partition.c, called from the engine's helpers on the running thread */
+void partition_service(Partition *p);
+int partition_take_nmi(Partition *p);
+int partition_take_vector(Partition *p);
+uint64_t partition_tsc(Partition *p, const Vcpu *v);
+uint64_t partition_pio_read(Partition *p, uint32_t port, uint32_t size);
+void partition_pio_write(Partition *p, uint32_t port, uint32_t size, uint32_t value);
+uint64_t partition_mmio_read(Partition *p, uint64_t gpa, uint32_t size);
+void partition_mmio_write(Partition *p, uint64_t gpa, uint32_t size, uint64_t value);
+void partition_pause_hint(Partition *p);
+void partition_crash(Partition *p, int stop, const char *detail);
+void partition_rescan(Partition *p);
+int partition_msr_read(Partition *p, uint32_t index, uint64_t *value);
+int partition_msr_write(Partition *p, uint32_t index, uint64_t value);
+void partition_timer_changed(Partition *p);
+Region *partition_region(Partition *p, uint64_t gpa, uint64_t size);
+
+#endif

@@ -1,0 +1,223 @@
+"""`MicroVM`: a machine from the outside, and the threads that make it live.
+
+A machine is built whole by its constructor: memory, kernel, devices, vCPUs with their first registers. Up to `start` it
+has neither a thread nor a descriptor that a fork would share with its parent; `start` makes both. Its vCPUs run until
+the guest ends or `stop` is called; `wait` gives the outcome. `close` frees everything, from any state, any number of
+times, and is called at the end of the interpreter for what was forgotten.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import weakref
+from typing import TYPE_CHECKING, Final, Self
+
+from ..errors import ConfigError, InternalError, StateError
+from .builder import build
+from .config import MachineConfig
+from .console import Console
+from .outcome import End, Outcome
+from .vcpus import VcpuThreads
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from ..hypervisor.base import Hypervisor
+    from .vsock_host import VsockHost
+
+SWITCH_INTERVAL_S: Final = 50e-6  # a vCPU thread in Python holds up I/O threads by at most this (default: 5 ms)
+
+
+class State:
+    """What a machine is doing."""
+
+    BUILT: Final = "built"
+    RUNNING: Final = "running"
+    PAUSED: Final = "paused"
+    ENDED: Final = "ended"
+    CLOSED: Final = "closed"
+
+
+class MicroVM:
+    """One virtual machine. Methods may be called from any thread, but not from callbacks unless they say so.
+
+    ``hypervisor`` overrides the choice made by ``config.backend``. Raises ConfigError, BootError for what cannot be
+    booted, BackendUnavailable where nothing can run it, HostError if the host refuses.
+    """
+
+    def __init__(self, config: MachineConfig, *, hypervisor: Hypervisor | None = None) -> None:
+        self.config = config
+        self._lock = threading.RLock()
+        self._state = State.BUILT
+        self._owner = os.getpid()
+        _tune_interpreter()
+        self._machine = build(config, hypervisor, self._end)
+        self._threads = VcpuThreads(self._machine.vcpus, self._machine.bus, self._ended)
+        _open_machines.add(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<MicroVM {self.state}, {self.config.memory_mib} MiB, {self.config.cpus} vCPU, {self.backend}>"
+
+    @property
+    def state(self) -> str:
+        """One of `State`."""
+        if self._state in (State.RUNNING, State.PAUSED) and self._threads.wait(0):
+            return State.ENDED
+        return self._state
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend that runs it."""
+        return self._machine.hypervisor.name
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How it ended, or None while it has not."""
+        return self._threads.outcome if self.state in (State.ENDED, State.CLOSED) else None
+
+    @property
+    def serial(self) -> Console:
+        """The serial port, ttyS0."""
+        return self._machine.serial
+
+    @property
+    def console(self) -> Console:
+        """The virtio console, hvc0. Raises StateError for a machine without one."""
+        if self._machine.console is None:
+            raise StateError("this machine was built without a virtio console")
+        return self._machine.console
+
+    @property
+    def vsock(self) -> VsockHost:
+        """The host's end of the machine's sockets: `connect` and `listen`. Raises StateError without vsock."""
+        if self._machine.vsock is None:
+            raise StateError("this machine was built without vsock")
+        return self._machine.vsock
+
+    def start(self) -> None:
+        """Let the guest run. Raises StateError unless freshly built; after any other error the machine is closed."""
+        with self._lock:
+            if self._state != State.BUILT:
+                raise StateError(f"the machine cannot be started: it is {self.state}")
+            self._owner = os.getpid()
+            try:
+                self._machine.start()
+                self._threads.start()
+            except BaseException:
+                self.close()
+                raise
+            self._state = State.RUNNING
+
+    def pause(self) -> None:
+        """Stop the vCPUs and the guest's time. Returns when no vCPU runs. Raises StateError unless running."""
+        with self._lock:
+            self._require(State.RUNNING)
+            self._threads.hold()
+            self._machine.partition.pause_time()
+            self._state = State.PAUSED
+
+    def resume(self) -> None:
+        """Go on as if no time had passed. Raises StateError unless paused."""
+        with self._lock:
+            self._require(State.PAUSED)
+            self._machine.partition.resume_time()
+            self._threads.release()
+            self._state = State.RUNNING
+
+    def wait(self, timeout_s: float | None = None) -> Outcome | None:
+        """Wait for the guest to end and say how, or None after ``timeout_s``.
+
+        Raises InternalError if it was a bug of ours that ended it, StateError if it was never started.
+        """
+        if self._state == State.BUILT:
+            raise StateError("the machine has not been started")
+        if not self._threads.wait(timeout_s):
+            return None
+        if self._threads.error is not None:
+            raise self._threads.error
+        return self._threads.outcome
+
+    def end(self, detail: str = "") -> None:
+        """Tell the guest's vCPUs to stop for good, without waiting. Any thread, callback or signal handler."""
+        self._end(Outcome(End.STOPPED, detail))
+
+    def stop(self, detail: str = "") -> Outcome | None:
+        """End the guest at once, as if its power was cut, and wait until it stands still.
+
+        Consoles and counters can still be read. Returns the outcome, or None for a machine that was never started.
+        """
+        with self._lock:
+            if self._state in (State.BUILT, State.CLOSED):
+                return self._threads.outcome
+        self.end(detail)
+        self._threads.wait()
+        return self._threads.outcome
+
+    def close(self) -> None:
+        """End the guest and free everything: threads, descriptors, memory. Idempotent."""
+        with self._lock:
+            if self._state == State.CLOSED:
+                return
+            started = self._state != State.BUILT
+            self._state = State.CLOSED
+        _open_machines.discard(self)
+        self._threads.end(Outcome(End.STOPPED, "closed"))
+        if started and self._owner == os.getpid():
+            self._threads.wait()
+        self._threads.join()
+        self._machine.close()
+
+    def set_balloon(self, target_mib: int) -> None:
+        """Ask the guest to give back ``target_mib`` of its RAM; it does so as it can. 0 takes the request back.
+
+        Raises StateError without a balloon, ConfigError if that is more than there is.
+        """
+        if self._machine.balloon is None:
+            raise StateError("this machine was built without a balloon")
+        if not 0 <= target_mib <= self.config.memory_mib:
+            raise ConfigError("balloon", f"{target_mib} MiB", f"must be 0 to {self.config.memory_mib} MiB")
+        self._machine.set_balloon(target_mib)
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the machine was built: exits served, notifications, interrupts, failures, bytes dropped."""
+        return self._machine.stats()
+
+    def _require(self, state: str) -> None:
+        if self.state != state:
+            raise StateError(f"the machine is {self.state}, not {state}")
+
+    def _end(self, outcome: Outcome, error: InternalError | None = None) -> None:
+        self._threads.end(outcome, error)
+
+    def _ended(self) -> None:
+        """On the last vCPU thread: nothing will come from the guest any more."""
+        self._machine.quiesce()
+
+
+_open_machines: weakref.WeakSet[MicroVM] = weakref.WeakSet()
+_tuned = False
+
+
+def _tune_interpreter() -> None:
+    global _tuned
+    if not _tuned:
+        _tuned = True
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
+
+
+@atexit.register
+def _close_all() -> None:
+    for machine in list(_open_machines):
+        if machine._owner == os.getpid():
+            machine.close()
