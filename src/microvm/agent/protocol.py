@@ -4,9 +4,9 @@ The agent listens on a vsock port (1024). The host opens a connection for each o
 may use it again when the operation is over. At boot the agent itself connects to the same port of the host (CID 2) and
 says READY; that connection, too, can then be used for requests.
 
-A frame is little-endian: ``u32`` payload length, ``u8`` type, ``u24`` argument, payload. A string is ``u32`` length, the
-bytes, a NUL that the length does not count; no NUL inside. Requests are at most 1 MiB, every other payload at most 64 KiB,
-in both directions. The argument of a request is the protocol version; of a stream frame, the stream.
+A frame is little-endian: ``u32`` payload length, ``u8`` type, ``u24`` argument, payload. A string is ``u32`` length,
+the bytes, a NUL that the length does not count; no NUL inside. Requests are at most 1 MiB, every other payload at most
+64 KiB, in both directions. The argument of a request is the protocol version; of a stream frame, the stream.
 
 ==========  ===============================================================================================
 request     payload -> answer
@@ -34,11 +34,11 @@ Any request may be answered by ERROR: u32 errno, string stage, string text. A mo
 "as it is" or "unknown". A record is u32 mode, uid, gid, links; u64 size; i64 mtime in ns; string name; string target of
 a symbolic link.
 
-While a command runs the host sends DATA and END of stream 0, WINDOW of streams 1 and 2 (u32: so many bytes more), SIGNAL
-(u32, to the process group) and RESIZE (u16 rows, u16 columns). Neither side sends more of a stream than the other has
-granted: 64 KiB of stdin and what EXEC says of the others to begin with. So no stream holds up another. A connection that
-the host closes ends the command with everything it started. EXIT comes after all output; it is i32 code (negative: the
-signal), u32 flags, u32 pid, u32 0, u64 wall ns, user us, system us, maximum resident KiB.
+While a command runs the host sends DATA and END of stream 0, WINDOW of streams 1 and 2 (u32: so many bytes more),
+SIGNAL (u32, to the process group) and RESIZE (u16 rows, u16 columns). Neither side sends more of a stream than the
+other has granted: 64 KiB of stdin and what EXEC says of the others to begin with. So no stream holds up another. A
+connection that the host closes ends the command with everything it started. EXIT comes after all output; it is i32
+code (negative: the signal), u32 flags, u32 pid, u32 0, u64 wall ns, user us, system us, maximum resident KiB.
 
 Trees are streamed by builtin commands (EXEC with its flag): ``tree-send PATH`` writes, ``tree-receive PATH UID GID``
 reads, for each file, a record and the file's bytes; a record of mode 0 ends it.
@@ -260,7 +260,10 @@ class PayloadReader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecRequest:
-    """A command to run. ``timeout_ns`` 0 is none; ``pty`` is rows and columns; ``user`` is ``name[:group]`` or numbers."""
+    """A command to run.
+
+    ``timeout_ns`` 0 is none; ``pty`` is rows and columns; ``user`` is ``name[:group]`` or numbers.
+    """
 
     argv: Sequence[Text]
     env: Mapping[str, str] | None = None
@@ -371,7 +374,7 @@ _TYPES: Final = {0o100000: "file", 0o040000: "directory", 0o120000: "symlink"}
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """What the guest says of a file. ``mode`` are the permission bits; ``mtime_ns`` since 1970; ``raw_name`` is exact."""
+    """What the guest says of a file. ``mode`` is its permission bits, ``mtime_ns`` since 1970, ``raw_name`` exact."""
 
     name: str
     type: str
