@@ -140,9 +140,7 @@ class Machine:
         except BaseException:
             self.close()
             raise
-        observe = getattr(self.partition, "attach_memory", None)
-        if observe is not None:
-            observe(self.memory)
+        self.memory.observe(self.partition.host_wrote)
 
     @property
     def vcpu(self) -> Vcpu:
@@ -210,8 +208,8 @@ class Machine:
             0x00CF_9B00_0000_FFFF,
         )  # fmt: skip
         write(GDT, struct.pack("<8Q", *gdt))
-        # rsp0 and IST1
-        write(TSS, struct.pack("<I3Q", 0, STACK, 0, 0) + bytes(8) + struct.pack("<Q", IST_STACK) + bytes(52))
+        # rsp0, IST1, and no I/O permission bitmap: its offset is the limit's end
+        write(TSS, struct.pack("<I3Q8xQ58xH", 0, STACK, 0, 0, IST_STACK, 0x68))
         for vector in range(32):
             stub = STUBS + 16 * vector
             # mov al, vector; mov dx, PORT_FAULT; out dx, al; hlt

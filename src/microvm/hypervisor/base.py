@@ -227,6 +227,12 @@ class Partition(Protocol):
         in it (`GuestMemory.observe`).
         """
 
+    def host_wrote(self, gpa: int, size: int) -> None:
+        """The host changed guest memory; for `GuestMemory.observe`. Any thread.
+
+        A backend that keeps translated code forgets it; one that runs on the processor has nothing to do.
+        """
+
     def signal_msi(self, address: int, data: int) -> None:
         """Deliver a message-signalled interrupt. Any thread. Vectors below 16 are dropped."""
 
