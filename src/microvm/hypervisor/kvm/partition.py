@@ -148,7 +148,7 @@ class KvmPartition:
         return bitmap.raw[: (pages + 7) // 8]
 
     def host_wrote(self, gpa: int, size: int) -> None:
-        pass
+        """The processor sees the host's writes by itself."""
 
     def signal_msi(self, address: int, data: int) -> None:
         self._interrupts.signal(address, data)
