@@ -18,6 +18,7 @@ REGISTERS: dict[str, tuple[int, int]] = {
     **{f"r{i}": (i, 8) for i in range(8, 16)},
     **{f"r{i}d": (i, 4) for i in range(8, 16)},
 }
+PORT_STOP = 0x320  # where `Code.stop` writes
 CONDITIONS = {"o": 0, "b": 2, "ae": 3, "e": 4, "z": 4, "ne": 5, "nz": 5, "be": 6, "a": 7, "s": 8}
 
 
@@ -54,7 +55,7 @@ class Code:
 
     def _prefix(self, size: int, *registers: int) -> None:
         """Operand size and REX for an instruction whose ModRM (reg, rm) or opcode register are given."""
-        if size == 2 and self.bits != 16 or size == 4 and self.bits == 16:
+        if (size == 2 and self.bits != 16) or (size == 4 and self.bits == 16):
             self.data.append(0x66)
         rex = 0x48 if size == 8 else 0x40
         extension = (4, 1) if len(registers) == 2 else (1,)
@@ -145,6 +146,10 @@ class Code:
         self._prefix(size if size > 1 else 1, 0)
         self.data.append(0xEE if size == 1 else 0xEF)
         return self
+
+    def stop(self, size: int = 1) -> Code:
+        """Report al/ax/eax to the host, which kicks; then spin, because a kick takes effect when it does."""
+        return self.out(PORT_STOP, size).raw("eb fe")  # jmp $
 
     def in_(self, port: int, size: int = 1) -> Code:
         """in al/ax/eax, port by way of dx"""

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-import pytest
-
 from microvm.bus import Bus
 from microvm.hypervisor.base import (
     Hypervisor,
@@ -23,18 +21,17 @@ from microvm.hypervisor.base import (
 )
 from microvm.memory import GuestMemory
 
-from .asm import Code
+from .asm import PORT_STOP, Code
 
 MEMORY = 4 << 20
-PML4, PDPT, PD, GDT, IDT, TSS, IST_STACK, STACK, STUBS = (
-    0x1000, 0x2000, 0x3000, 0x5000, 0x6000, 0x7000, 0x1_8000, 0x1_6000, 0x1_0000,
+PML4, PDPT, PD, DEVICE_PD, GDT, IDT, TSS, IST_STACK, STACK, STUBS = (
+    0x1000, 0x2000, 0x3000, 0x4000, 0x5000, 0x6000, 0x7000, 0x1_8000, 0x1_6000, 0x1_0000,
 )  # fmt: skip
 CODE = 0x8000
 DATA = 0x20_0000
 LAPIC = 0xFEE0_0000
 
 PORT_LOG = 0x300  # 16 ports: writes are noted, reads answered from `Machine.answers`
-PORT_STOP = 0x320  # a write notes the value and kicks the vCPU that wrote
 PORT_FAULT = 0x330  # exception stubs write the vector here
 MMIO = 0xD000_0000
 TIME_LIMIT_S = 20.0
@@ -141,17 +138,16 @@ class Machine:
         except BaseException:
             self.close()
             raise
-        observe = getattr(self.partition, "attach_memory", None)
-        if observe is not None:
-            observe(self.memory)
+        if self.partition.caps.host_writes:
+            self.memory.observe(self.partition.host_wrote)
 
     @property
     def vcpu(self) -> Vcpu:
         return self.vcpus[0]
 
     def running(self) -> Vcpu:
-        """The vCPU whose thread asks."""
-        return self._by_thread[threading.get_ident()]
+        """The vCPU whose thread asks; vCPU 0 where a backend serves its exit on another vCPU's thread."""
+        return self._by_thread.get(threading.get_ident(), self.vcpu)
 
     def __enter__(self) -> Machine:
         return self
@@ -199,10 +195,11 @@ class Machine:
         return Registers(**values)
 
     def tables(self) -> None:
-        """Page tables (4 GiB of 2 MiB pages, user, the APIC's uncached), GDT, TSS and IDT."""
+        """Page tables (the first GiB and, uncached, the fourth; 2 MiB pages, user), GDT, TSS and IDT."""
         write = self.memory.write
         write(PML4, struct.pack("<Q", PDPT | 7))
-        write(PDPT, struct.pack("<4Q", PD | 7, 0x83 | 1 << 30 | 4, 0x87 | 2 << 30, 0x9F | 3 << 30))
+        write(PDPT, struct.pack("<4Q", PD | 7, 0, 0, DEVICE_PD | 7))
+        write(DEVICE_PD, b"".join(struct.pack("<Q", 3 << 30 | i << 21 | 0x9F) for i in range(512)))
         write(PD, b"".join(struct.pack("<Q", i << 21 | 0x87) for i in range(512)))
         tss = 0x67 | (TSS & 0xFF_FFFF) << 16 | 0x8B << 40
         gdt = (
@@ -210,8 +207,8 @@ class Machine:
             0x00CF_9B00_0000_FFFF,
         )  # fmt: skip
         write(GDT, struct.pack("<8Q", *gdt))
-        # rsp0 and IST1
-        write(TSS, struct.pack("<I3Q", 0, STACK, 0, 0) + bytes(8) + struct.pack("<Q", IST_STACK) + bytes(52))
+        # rsp0, IST1, and no I/O permission bitmap: its offset is the limit's end
+        write(TSS, struct.pack("<I3Q8xQ58xH", 0, STACK, 0, 0, IST_STACK, 0x68))
         for vector in range(32):
             stub = STUBS + 16 * vector
             # mov al, vector; mov dx, PORT_FAULT; out dx, al; hlt
@@ -252,6 +249,12 @@ class Machine:
             watchdog.join()
         assert not late, f"the guest did not end; rip {vcpu.get_registers().rip:#x}"
         return stop
+
+    def resume(self) -> int:
+        """Go on behind the last `Code.stop`."""
+        registers = self.vcpu.get_registers()
+        registers.rip += 2  # its jmp $
+        return self.finish(registers)
 
     def finish(self, registers: Registers | None = None) -> int:
         """Run until the guest writes PORT_STOP; returns what it wrote. Fails on an unexpected exception."""

@@ -85,7 +85,7 @@ def test_garbage_to_every_register_is_survived(
             assert 0 < queue.size <= queue.max_size
             for gpa in (queue.desc_gpa, queue.avail_gpa, queue.used_gpa):
                 assert gpa < driver.memory.size
-    driver.notified.clear()
+    driver.run()
     driver.start()
     assert driver.status == Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
     driver.close()

@@ -1,7 +1,7 @@
 """`AgentClient` for asyncio: the same names and the same errors, with `await`.
 
 Operations are the very generators that the sync client drives. A running command has a task that receives for it;
-windows bound what that task holds. Files of the host are read and written in the event loop's thread, a piece at a time.
+windows bound what that task holds. Files of the host are read and written in the event loop's thread, in pieces.
 """
 
 from __future__ import annotations

@@ -206,8 +206,10 @@ class AgentClient:
         except TimeoutError:
             channel.close()
             raise ExecError(f"the guest did not answer within {self.request_timeout_s:g} s") from None
-        except ExecError:
-            raise  # not started: the connection is as good as before, or has been closed
+        except ExecError as error:
+            if error.code == 0:  # not the guest's refusal, after which the connection is as good as before
+                channel.close()
+            raise
         except BaseException:
             channel.close()
             raise

@@ -42,7 +42,7 @@ FINGERPRINT: Final = repr((SUITE, PACKAGES, _EXCLUDED))  # changes when the pack
 
 
 def make(tree: Path, progress: cache.Progress) -> None:
-    """Fill the empty directory ``tree``. Downloads about 25 MB; ten to twenty seconds. Raises MissingTools, HostError."""
+    """Fill the empty directory ``tree``. Downloads 25 MB. Raises MissingTools, HostError."""
     cache.need_tools("building the python image", _TOOLS)
     progress("downloading and unpacking Debian packages", None)
     command = [

@@ -27,7 +27,10 @@ _FILES: Final = {
     "etc/resolv.conf": "",
     "etc/nsswitch.conf": "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\n",
     "etc/shells": "/bin/sh\n",
-    "etc/profile": 'export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\nexport PS1="\\u@\\h:\\w\\$ "\n',
+    "etc/profile": (
+        "export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n"
+        'export PS1="\\u@\\h:\\w\\$ "\n'
+    ),
 }
 _DIRECTORIES: Final = {
     "dev": 0o755,

@@ -90,6 +90,8 @@ class Machine:
         resources.callback(self.partition.close)
         for region in self.memory:
             self.partition.map(region.gpa, region)
+        if self.partition.caps.host_writes:
+            self.memory.observe(self.partition.host_wrote)
         self._add_platform()
         self.reactor = Reactor(self._io_failed)
         self._add_virtio()

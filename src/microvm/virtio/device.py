@@ -215,12 +215,12 @@ class VirtioDevice:
         if not self._running:
             return None
         queue = self.vqs[index]
-        if not self._pops:
-            if not queue.allow_notify() or self._rearm is None:
+        if self._depth:
+            if not self._pops:
+                if queue.allow_notify() and self._rearm is not None:
+                    self._rearm(index)
                 return None
-            self._rearm(index)
-            return None
-        self._pops -= 1
+            self._pops -= 1
         chain = queue.pop()
         if chain is None and queue.allow_notify():
             chain = queue.pop()

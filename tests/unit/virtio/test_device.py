@@ -182,7 +182,7 @@ def test_a_driver_that_offers_useless_buffers_cannot_hold_the_thread(deferred: F
                 deferred.add("events", writable=1)
 
     deferred.move_to(Picky())
-    deferred.notified.clear()
+    deferred.run()
     deferred.add("events", writable=1)
     deferred.mmio.process(1)
     assert echo(deferred).served == MAX_POPS
@@ -304,6 +304,7 @@ def test_a_broken_device_stays_broken_over_a_restore(driver: FakeDriver) -> None
     driver.move_to(Echo())
     assert driver.needs_reset
     assert not driver.device.running
+    assert echo(driver).served == 0
 
 
 def test_the_state_of_another_device_is_refused(driver: FakeDriver) -> None:
