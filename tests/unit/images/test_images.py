@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from microvm.errors import ConfigError
-from microvm.images import cache, erofs, rootfs, userland
+from microvm.images import cache, erofs, images, userland
 
 from . import builders
 
@@ -26,40 +26,40 @@ def add(entry: str, name: str, created: str = "2024") -> None:
 
 def test_a_missing_image_names_the_command() -> None:
     with pytest.raises(ConfigError, match="microvm image build python"):
-        rootfs.resolve(None)
+        images.resolve(None)
     with pytest.raises(ConfigError, match="microvm image build base"):
-        rootfs.resolve("base")
+        images.resolve("base")
     with pytest.raises(ConfigError, match="no such image or file"):
-        rootfs.resolve("mine")
+        images.resolve("mine")
     with pytest.raises(ConfigError, match="one of base, python"):
-        rootfs.build("mine")
+        images.build("mine")
 
 
 def test_the_current_recipe_goes_before_a_newer_image() -> None:
     add("python-old", "python", "2025")
-    assert rootfs.resolve("python").path.parent.name == "python-old"
-    current = rootfs._current_entry("python")
+    assert images.resolve("python").path.parent.name == "python-old"
+    current = images._current_entry("python")
     add(current, "python", "2024")
-    assert rootfs.resolve("").path.parent.name == current
-    rootfs.remove("python")
-    assert rootfs.list() == ()
+    assert images.resolve("").path.parent.name == current
+    images.remove("python")
+    assert images.list() == ()
     with pytest.raises(ConfigError):
-        rootfs.remove("python")
+        images.remove("python")
 
 
 def test_files_resolve_only_when_they_are_erofs(tmp_path: Path) -> None:
     image = tmp_path / "x.erofs"
     image.write_bytes(b"junk")
     with pytest.raises(ConfigError, match="not an erofs image"):
-        rootfs.resolve(image)
+        images.resolve(image)
     image.write_bytes(bytes(1024) + erofs.MAGIC.to_bytes(4, "little"))
-    assert rootfs.resolve(image).path == image
+    assert images.resolve(image).path == image
     with pytest.raises(ConfigError, match="not a file"):
-        rootfs.resolve(tmp_path)
+        images.resolve(tmp_path)
 
 
 def test_recipes_have_different_keys() -> None:
-    assert rootfs._current_entry("base") != rootfs._current_entry("python")
+    assert images._current_entry("base") != images._current_entry("python")
 
 
 def write_tar(path: Path, members: list[tuple[tarfile.TarInfo, bytes]]) -> None:
@@ -90,9 +90,9 @@ def test_an_archive_becomes_an_image_that_keeps_owners(tmp_path: Path) -> None:
             (member("dev/null", 0, tarfile.CHRTYPE), b""),
         ],
     )
-    image = rootfs.build_from(archive)
+    image = images.build_from(archive)
     assert image.name == "mine"
-    assert rootfs.resolve("mine") == image
+    assert images.resolve("mine") == image
     with open(image.path, "rb") as file:
         reader = erofs.Reader(file)
         assert reader.owner("home/alice") == (1000, 1000)
@@ -110,7 +110,7 @@ def test_a_climbing_archive_is_refused_and_touches_nothing(tmp_path: Path) -> No
     archive = tmp_path / "bad.tar.gz"
     write_tar(archive, [(member("../../../escaped"), b"x")])
     with pytest.raises(ConfigError, match="climbs"):
-        rootfs.build_from(archive)
+        images.build_from(archive)
     assert not list(tmp_path.rglob("escaped"))
 
 
@@ -123,7 +123,7 @@ def test_a_link_out_of_the_tree_does_not_lead_files_out(tmp_path: Path) -> None:
     archive = tmp_path / "bad.tar.gz"
     write_tar(archive, [(link, b""), (member("door/file"), b"x")])
     try:
-        rootfs.build_from(archive)
+        images.build_from(archive)
     except OSError:
         pass
     assert list(outside.iterdir()) == []
@@ -134,11 +134,11 @@ def test_what_is_no_archive_is_one_sentence(tmp_path: Path, monkeypatch: pytest.
     junk = tmp_path / "junk.tar"
     junk.write_bytes(b"junk" * 1000)
     with pytest.raises(ConfigError, match="not a readable tar archive"):
-        rootfs.build_from(junk)
+        images.build_from(junk)
     with pytest.raises(ConfigError, match="no such file"):
-        rootfs.build_from(tmp_path / "missing.tar")
+        images.build_from(tmp_path / "missing.tar")
     with pytest.raises(ConfigError, match="taken"):
-        rootfs.build_from(junk, "python")
+        images.build_from(junk, "python")
 
 
 @needs_mkfs
