@@ -64,7 +64,7 @@ def test_another_version_is_told(connect: Connect) -> None:
 def test_more_input_than_granted_ends_the_command(agent: Agent, connect: Connect) -> None:
     request = wire.ExecRequest(argv=["sleep", "1000"], stdin=wire.STDIO_STREAM).encode()
     with connect() as sock:
-        sock.sendall(request + wire.frame(wire.DATA, bytes(65536)) * 4)
+        sock.sendall(request + wire.frame(wire.DATA, bytes(65536)) * 2 + wire.frame(wire.DATA, b"x"))
         assert b"more input than was granted" in answer(sock)
     assert wait_until(lambda: not agent.children())
 
