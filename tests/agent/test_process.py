@@ -105,7 +105,9 @@ def _write_quietly(stream: object) -> None:
 
 
 def test_signals_reach_the_process_group(client: AgentClient) -> None:
-    with client.start(["sh", "-c", "trap 'echo got; exit 7' USR1; echo ready; while :; do sleep 0.05; done"]) as process:
+    with client.start(
+        ["sh", "-c", "trap 'echo got; exit 7' USR1; echo ready; while :; do sleep 0.05; done"]
+    ) as process:
         assert process.stdout
         assert process.stdout.readline() == b"ready\n"
         process.send_signal(signal.SIGUSR1)

@@ -145,7 +145,9 @@ def test_output_beyond_the_cap_is_an_error_and_ends_the_command(agent: Agent, cl
         (["ls"], {"stdout": 7}),
     ],
 )
-def test_impossible_requests_are_config_errors(client: AgentClient, argv: list[str], options: dict[str, object]) -> None:
+def test_impossible_requests_are_config_errors(
+    client: AgentClient, argv: list[str], options: dict[str, object]
+) -> None:
     with pytest.raises(ConfigError):
         client.run(argv, **options)  # type: ignore[arg-type]
 

@@ -163,7 +163,8 @@ def test_a_test_agent_leaves_the_clock_alone(client: AgentClient) -> None:
 
 def test_shutdown_asks_commands_to_end_and_then_ends_them(tmp_path: Path) -> None:
     with running_agent(tmp_path) as agent, AgentClient(agent.connect) as client:
-        polite = client.start(["sh", "-c", f"trap 'touch {tmp_path}/asked; exit' TERM; echo up; while :; do sleep 0.1; done"])
+        trap = f"trap 'touch {tmp_path}/asked; exit' TERM"
+        polite = client.start(["sh", "-c", f"{trap}; echo up; while :; do sleep 0.1; done"])
         stubborn = client.start(["sh", "-c", "trap '' TERM; echo up; while :; do sleep 0.1; done"])
         for process in (polite, stubborn):
             assert process.stdout
