@@ -87,7 +87,7 @@ def round_trip(count: int) -> dict[str, float]:
 
 
 def host_to_guest(payload: int, seconds: float) -> float:
-    """MiB/s from a socket of the host into receive buffers of ``payload`` bytes; the guest gives them back in halves."""
+    """MiB/s from a socket of the host into receive buffers of ``payload`` bytes; they are given back at once."""
     machine = Machine(payload)
     machine.guest.refill = False
     stream = machine.connect()
