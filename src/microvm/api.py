@@ -369,13 +369,13 @@ def _configure(
     disks: Sequence[DiskConfig],
     cmdline: str,
 ) -> MachineConfig:
-    from .images import initrd, kernels, rootfs
+    from .images import images, initrd, kernels
     from .machine.config import check_backend, check_cpus, check_memory
 
     check_memory(memory_mib)
     check_cpus(cpus)
     check_backend(backend)
-    chosen, root = kernels.resolve(kernel), rootfs.resolve(image)
+    chosen, root = kernels.resolve(kernel), images.resolve(image)
     parts: list[Path | bytes] = [] if chosen.initrd is None else [chosen.initrd]
     parts.append(initrd.agent_initrd(agent_program()))
     return MachineConfig(

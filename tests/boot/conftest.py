@@ -36,10 +36,10 @@ def _kernel(kind: str) -> Any:
 @functools.cache
 def _image(name: str) -> Any:
     from microvm.errors import ConfigError
-    from microvm.images import rootfs
+    from microvm.images import images
 
     try:
-        return rootfs.resolve(name)
+        return images.resolve(name)
     except ConfigError as error:
         return str(error)
 
