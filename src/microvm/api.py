@@ -208,8 +208,8 @@ class Sandbox:
         A list is run as it is, a string by ``/bin/sh -c``. ``env`` adds to the guest's environment. ``timeout`` in
         seconds ends the command with all it started. ``stderr=STDOUT`` merges the streams.
 
-        Raises ExecTimeout with the output so far, ExecError if it cannot be started, if the guest ends meanwhile or if a
-        stream is longer than ``max_output`` bytes, CommandFailed with ``check``.
+        Raises ExecTimeout with the output so far, CommandFailed with ``check``, and ExecError if it cannot be started,
+        if the guest ends meanwhile or if a stream is longer than ``max_output`` bytes.
         """
         client = self._agent()
         data = input.encode() if isinstance(input, str) else input

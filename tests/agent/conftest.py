@@ -57,7 +57,11 @@ class Agent:
 
     def connect(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX)
-        sock.connect(str(self.path))
+        try:
+            sock.connect(str(self.path))
+        except OSError:
+            sock.close()
+            raise
         return sock
 
     def open_files(self) -> list[str]:

@@ -121,7 +121,7 @@ def test_nothing_of_the_agent_is_open_in_a_command(client: AgentClient) -> None:
 
 def test_timeout_ends_the_command_and_keeps_its_output(client: AgentClient) -> None:
     begin = time.monotonic()
-    with pytest.raises(ExecTimeout, match="sh did not end within 0.3 s") as raised:
+    with pytest.raises(ExecTimeout, match=r"sh did not end within 0\.3 s") as raised:
         client.run(["sh", "-c", "echo so far; sleep 60"], timeout=0.3)
     assert raised.value.stdout == b"so far\n"
     assert time.monotonic() - begin < 5
@@ -145,7 +145,9 @@ def test_output_beyond_the_cap_is_an_error_and_ends_the_command(agent: Agent, cl
         (["ls"], {"stdout": 7}),
     ],
 )
-def test_impossible_requests_are_config_errors(client: AgentClient, argv: list[str], options: dict[str, object]) -> None:
+def test_impossible_requests_are_config_errors(
+    client: AgentClient, argv: list[str], options: dict[str, object]
+) -> None:
     with pytest.raises(ConfigError):
         client.run(argv, **options)  # type: ignore[arg-type]
 

@@ -64,7 +64,7 @@ def test_another_version_is_told(connect: Connect) -> None:
 def test_more_input_than_granted_ends_the_command(agent: Agent, connect: Connect) -> None:
     request = wire.ExecRequest(argv=["sleep", "1000"], stdin=wire.STDIO_STREAM).encode()
     with connect() as sock:
-        sock.sendall(request + wire.frame(wire.DATA, bytes(65536)) * 4)
+        sock.sendall(request + wire.frame(wire.DATA, bytes(65536)) * 2 + wire.frame(wire.DATA, b"x"))
         assert b"more input than was granted" in answer(sock)
     assert wait_until(lambda: not agent.children())
 
@@ -163,7 +163,8 @@ def test_a_test_agent_leaves_the_clock_alone(client: AgentClient) -> None:
 
 def test_shutdown_asks_commands_to_end_and_then_ends_them(tmp_path: Path) -> None:
     with running_agent(tmp_path) as agent, AgentClient(agent.connect) as client:
-        polite = client.start(["sh", "-c", f"trap 'touch {tmp_path}/asked; exit' TERM; echo up; while :; do sleep 0.1; done"])
+        trap = f"trap 'touch {tmp_path}/asked; exit' TERM"
+        polite = client.start(["sh", "-c", f"{trap}; echo up; while :; do sleep 0.1; done"])
         stubborn = client.start(["sh", "-c", "trap '' TERM; echo up; while :; do sleep 0.1; done"])
         for process in (polite, stubborn):
             assert process.stdout

@@ -18,6 +18,7 @@ REGISTERS: dict[str, tuple[int, int]] = {
     **{f"r{i}": (i, 8) for i in range(8, 16)},
     **{f"r{i}d": (i, 4) for i in range(8, 16)},
 }
+LAPIC = 0xFEE0_0000
 PORT_STOP = 0x320  # where `Code.stop` writes
 CONDITIONS = {"o": 0, "b": 2, "ae": 3, "e": 4, "z": 4, "ne": 5, "nz": 5, "be": 6, "a": 7, "s": 8}
 
@@ -148,7 +149,7 @@ class Code:
         return self
 
     def stop(self, size: int = 1) -> Code:
-        """Report al/ax/eax to the host, which kicks; then spin, because a kick takes effect when it does."""
+        """Report al/ax/eax to the host, which kicks vCPU 0; then spin, because a kick takes effect when it does."""
         return self.out(PORT_STOP, size).raw("eb fe")  # jmp $
 
     def in_(self, port: int, size: int = 1) -> Code:
@@ -178,6 +179,14 @@ class Code:
 
     def rdmsr(self, index: int) -> Code:
         return self.mov("ecx", index).raw("0f 32")
+
+    def apic(self, register: int, value: int) -> Code:
+        """Write a local APIC register; clobbers rax and rbx. Long mode."""
+        return self.mov("rbx", LAPIC + register).mov("eax", value).store("rbx", "eax")
+
+    def eoi(self) -> Code:
+        """End of interrupt, keeping all registers."""
+        return self.raw("50 53").apic(0xB0, 0).raw("5b 58")  # push rax; push rbx; ...; pop rbx; pop rax
 
     def cpuid(self, leaf: int, subleaf: int = 0) -> Code:
         return self.mov("eax", leaf).mov("ecx", subleaf).raw("0f a2")

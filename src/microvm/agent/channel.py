@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import socket
+import sys
 import time
 from typing import Final
 
@@ -23,7 +24,7 @@ def _wait(sock: socket.socket, writing: bool, deadline: float | None) -> None:
         fd = sock.fileno()
         if fd < 0:
             raise ExecError(LOST)
-        if hasattr(select, "poll"):  # select() fails for descriptors above 1023
+        if sys.platform != "win32":  # select() fails for descriptors above 1023
             poller = select.poll()
             poller.register(fd, select.POLLOUT if writing else select.POLLIN)
             ready = bool(poller.poll(None if left is None else left * 1000))

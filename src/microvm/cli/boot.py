@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from ..machine.config import DiskConfig, MachineConfig
     from ..machine.machine import MicroVM
 
+    options.log_warnings(args.verbose)
     timeout_s = options.seconds("timeout", args.timeout)
     memory_mib, cpus = options.memory_mib(args.memory), options.cpu_count(args.cpus)
     config = MachineConfig(

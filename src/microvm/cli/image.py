@@ -26,20 +26,20 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what was asked; errors are raised."""
-    from microvm.images import rootfs
+    from microvm.images import images
 
     if args.action == "list":
-        for image in rootfs.list():
+        for image in images.list():
             print(f"{image.name:20} {image.size / 1e6:8.1f} MB  {image.created:26} {image.path}")
         return 0
     if args.action == "rm":
         for name in args.names:
-            rootfs.remove(name)
+            images.remove(name)
         return 0
     with Bar() as progress:
         if args.archive is not None:
-            image = rootfs.build_from(args.archive, args.name, progress, force=args.force)
+            image = images.build_from(args.archive, args.name, progress, force=args.force)
         else:
-            image = rootfs.build(args.image or rootfs.DEFAULT, progress, force=args.force)
+            image = images.build(args.image or images.DEFAULT, progress, force=args.force)
     print(image.path)
     return 0

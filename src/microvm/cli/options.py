@@ -24,6 +24,15 @@ def add_machine_options(parser: argparse.ArgumentParser, memory: str) -> None:
     )
 
 
+def log_warnings(verbose: bool) -> None:
+    """What a guest does wrong is its own affair: said with ``--verbose`` only."""
+    import logging
+
+    handler = logging.StreamHandler() if verbose else logging.NullHandler()
+    handler.setFormatter(logging.Formatter("microvm: %(message)s"))
+    logging.getLogger("microvm").addHandler(handler)
+
+
 def memory_mib(text: str) -> int:
     """``--memory``'s value in MiB. Raises ConfigError."""
     from ..machine.config import check_memory

@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.command:
         raise ConfigError("command line", "", "there is no command to run: microvm run -- COMMAND [ARG]...")
+    options.log_warnings(args.verbose)
     timeout = options.seconds("timeout", args.timeout)
     sandbox = Sandbox(
         args.image,

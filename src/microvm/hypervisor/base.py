@@ -186,7 +186,8 @@ class Vcpu(Protocol):
 
     def get_registers(self) -> Registers: ...
 
-    def set_registers(self, registers: Registers) -> None: ...
+    def set_registers(self, registers: Registers) -> None:
+        """Raises HostError where a processor cannot be in that state. A vCPU in HLT goes on from the new RIP."""
 
     def get_msr(self, index: int) -> int:
         """Read a model-specific register. Raises KeyError if the backend does not have it."""

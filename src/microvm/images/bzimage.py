@@ -26,6 +26,8 @@ _PROGRAM_HEADER: Final = struct.Struct("<IIQQQQQQ")
 
 
 class _Decompressor(Protocol):
+    @property
+    def eof(self) -> bool: ...
     def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
 
 
@@ -69,6 +71,8 @@ def _inflate(payload: bytes, decompressor: _Decompressor) -> bytes:
         raise BootError(f"the bzImage is damaged: {error}") from error
     if len(out) > VMLINUX_MAX:
         raise BootError(f"the bzImage unpacks to more than {VMLINUX_MAX >> 20} MiB")
+    if not decompressor.eof:
+        raise BootError("the bzImage is damaged: its payload is cut off")
     return out
 
 

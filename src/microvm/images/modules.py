@@ -47,11 +47,14 @@ def unpacked(path: str, data: bytes) -> bytes:
     if not path.endswith(".ko.xz"):
         raise ConfigError("module", path, "compressed in a way that cannot be read here")
     try:
-        out = lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(data, MODULE_MAX + 1)
+        decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+        out = decompressor.decompress(data, MODULE_MAX + 1)
     except lzma.LZMAError as error:
         raise ConfigError("module", path, f"damaged: {error}") from error
     if len(out) > MODULE_MAX:
         raise ConfigError("module", path, f"unpacks to more than {MODULE_MAX >> 20} MiB")
+    if not decompressor.eof:
+        raise ConfigError("module", path, "damaged: cut off")
     return out
 
 

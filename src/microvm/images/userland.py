@@ -28,8 +28,7 @@ _FILES: Final = {
     "etc/nsswitch.conf": "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\n",
     "etc/shells": "/bin/sh\n",
     "etc/profile": (
-        "export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n"
-        'export PS1="\\u@\\h:\\w\\$ "\n'
+        'export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\nexport PS1="\\u@\\h:\\w\\$ "\n'
     ),
 }
 _DIRECTORIES: Final = {

@@ -107,7 +107,7 @@ struct command {
     uint32_t stdin_taken;  /* taken by the command and not yet granted again */
     uint64_t window[2];    /* what the host still accepts */
     int end_sent[2];
-    uint64_t start_ns, deadline_ns, end_due_ns, drain_until_ns;
+    uint64_t start_ns, deadline_ns, end_due_ns, drain_until_ns, hung_until_ns;
     uint32_t exit_flags;
     int status;
     uint64_t wall_ns, user_us, system_us, maxrss_kib;

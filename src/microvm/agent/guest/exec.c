@@ -344,7 +344,7 @@ static void exited(struct command *command, int status, const struct rusage *usa
     command->user_us = (uint64_t)usage->ru_utime.tv_sec * 1000000u + (uint64_t)usage->ru_utime.tv_usec;
     command->system_us = (uint64_t)usage->ru_stime.tv_sec * 1000000u + (uint64_t)usage->ru_stime.tv_usec;
     command->maxrss_kib = (uint64_t)usage->ru_maxrss;
-    command->end_due_ns = 0;
+    command->end_due_ns = command->hung_until_ns = 0;
     if (!alone && !(command->flags & EXEC_LEAVE))
         group_kill(command->group, command->pid);
     group_give_back(command->group);
@@ -401,6 +401,8 @@ uint64_t exec_timers(uint64_t now)
             command->end_due_ns = 0;
             exec_send_ends(command);
         }
+        if (command->hung_until_ns && now >= command->hung_until_ns)
+            command->hung_until_ns = 0; /* the next poll looks again */
         if (command->exited && command->conn && now >= command->drain_until_ns)
             exec_finish(command);
         if (!command->exited)
@@ -408,6 +410,7 @@ uint64_t exec_timers(uint64_t now)
         else if (command->conn)
             earlier(&next, command->drain_until_ns);
         earlier(&next, command->end_due_ns);
+        earlier(&next, command->hung_until_ns);
     }
     return next;
 }

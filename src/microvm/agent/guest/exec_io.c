@@ -13,10 +13,11 @@
 enum { READS_MAX = 16 };
 
 static const uint64_t END_DELAY_NS = 5000000; /* streams end just before their process does: EXIT then says both */
+static const uint64_t HUNG_NS = 50000000;     /* between looks at a terminal that nobody has open */
 
 int exec_wants_output(const struct command *command, int which)
 {
-    return command->conn && command->out_fd[which] >= 0 && command->window[which] > 0 &&
+    return command->conn && command->out_fd[which] >= 0 && command->window[which] > 0 && !command->hung_until_ns &&
            conn_pending(command->conn) < DATA_CHUNK;
 }
 
@@ -51,7 +52,13 @@ void exec_output(struct command *command, int which)
         ssize_t got = read(command->out_fd[which], to, size);
         if (got < 0 && (errno == EAGAIN || errno == EINTR))
             return;
-        if (got <= 0) { /* a terminal without users reports EIO */
+        if (got < 0 && errno == EIO && command->flags & EXEC_PTY && !command->exited) {
+            /* Nobody has the terminal open. Closing it now would send SIGHUP to a command that closes its streams
+             * just before it exits; and it may open the terminal again. */
+            command->hung_until_ns = now_ns() + HUNG_NS;
+            return;
+        }
+        if (got <= 0) {
             close_output(command, which);
             return;
         }

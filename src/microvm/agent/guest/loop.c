@@ -17,7 +17,7 @@ enum { CONNS_MAX = 256, SLOTS_MAX = 2 + CONNS_MAX * 4 };
 
 static const uint64_t READY_RETRY_NS = 50000000;
 static const uint64_t READY_GIVE_UP_NS = 120000000000u;
-static const uint64_t LAST_WORDS_NS = 2000000000u; /* for the host to read why there is no root */
+static const uint64_t LAST_WORDS_NS = 5000000000u; /* for the host to connect and read why there is no root */
 
 static struct pollfd slots[SLOTS_MAX];
 static int slot_count;
@@ -221,7 +221,7 @@ _Noreturn void serve(int listener, int announcing)
     if (child_signal < 0)
         die("signalfd", errno);
     if (announcing)
-        announce_until = now_ns() + READY_GIVE_UP_NS;
+        announce_until = now_ns() + (boot_error[0] ? LAST_WORDS_NS : READY_GIVE_UP_NS);
     for (;;) {
         uint64_t now = now_ns(), next = exec_timers(now), announce_next = announce_timer(now);
         if (announce_next && (!next || announce_next < next))

@@ -122,13 +122,13 @@ def resolve(which: str | os.PathLike[str] | None) -> Image:
     """
     text = os.fspath(which) if which is not None else ""
     name = text or DEFAULT
-    images = list()
+    found = list()
     # The current recipe goes before a newer image of an older one.
     current = _current_entry(name) if name in _RECIPES else name
-    for image in images:
+    for image in found:
         if image.path.parent.name == current:
             return image
-    for image in images:
+    for image in found:
         if image.name == name:
             return image
     if name in _RECIPES:
