@@ -46,6 +46,7 @@ int read_small_file(const char *path, char *buffer, size_t size);
 extern char boot_error[256];
 int boot_fail(const char *what, const char *detail, int error);
 void boot(void);
+void loopback_up(void);
 int switch_to_root(void);
 int mount_at(const char *source, const char *target, const char *type, unsigned long flags, const char *data);
 

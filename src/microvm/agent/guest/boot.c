@@ -19,7 +19,8 @@ char boot_error[256];
 
 int boot_fail(const char *what, const char *detail, int error)
 {
-    snprintf(boot_error, sizeof boot_error, "%s %s: %s", what, detail, strerror(error));
+    const char *reason = strerror(error);
+    snprintf(boot_error, sizeof boot_error, "%s %s: %c%s", what, detail, reason[0] | 0x20, reason + 1);
     return -1;
 }
 
@@ -69,12 +70,14 @@ static void load_modules(void)
         if (entries[i]->d_name[0] != '.') {
             snprintf(path, sizeof path, "%s/%s", directory, entries[i]->d_name);
             load_module(path);
+            /* Its memory is free again. That is nearly all of the initramfs: emptying the rest would cost more. */
+            unlink(path);
         }
         free(entries[i]);
     }
 }
 
-static void loopback_up(void)
+void loopback_up(void)
 {
     int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     if (fd < 0)
@@ -120,7 +123,6 @@ void boot(void)
     if (options.root[0] && switch_to_root() != 0)
         say("%s", boot_error);
     mount_the_rest();
-    loopback_up();
     if (options.hostname[0])
         sethostname(options.hostname, strlen(options.hostname));
     struct rlimit files = {4096, 1 << 20};

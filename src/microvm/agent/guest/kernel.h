@@ -41,7 +41,5 @@ struct clone_args_ {
 #define TIOCGPTPEER 0x5441
 #endif
 
-#define RAMFS_MAGIC_ 0x858458f6
-#define TMPFS_MAGIC_ 0x01021994
 #define CGROUP2_MAGIC_ 0x63677270
 

@@ -48,6 +48,7 @@ static void send_ready(struct conn *conn)
     put_string(&writer, system.release);
     put_string(&writer, boot_error);
     conn_frame(conn, REPLY_READY, 0, payload, (size_t)(writer.at - payload));
+    conn_flush(conn);
 }
 
 static void announce(uint64_t now)
@@ -96,6 +97,7 @@ static uint64_t announce_timer(uint64_t now)
             power_off(0);
     } else if (connected || now >= announce_until) {
         announce_until = 0;
+        loopback_up(); /* while the host makes its first request */
         return 0;
     }
     if (!announcement && now >= announce_at)

@@ -1,17 +1,14 @@
 /* The root disk: found, mounted read-only below an overlay that takes the writes, and made the root. */
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
-#include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "agent.h"
-#include "kernel.h"
 
 /* A driver that was loaded a moment ago may still be probing its device. */
 static int open_disk(const char *device)
@@ -80,32 +77,6 @@ static int mount_overlay(void)
     return 0;
 }
 
-/* Empties the initramfs, whose pages are memory, and stays on it. */
-static void free_initramfs(int directory, dev_t device, int depth)
-{
-    DIR *entries = fdopendir(directory);
-    if (!entries)
-        return;
-    struct dirent *entry;
-    while ((entry = readdir(entries))) {
-        struct stat status;
-        const char *name = entry->d_name;
-        if (strcmp(name, ".") == 0 || strcmp(name, "..") == 0)
-            continue;
-        if (fstatat(dirfd(entries), name, &status, AT_SYMLINK_NOFOLLOW) != 0 || status.st_dev != device)
-            continue;
-        if (S_ISDIR(status.st_mode)) {
-            int child = depth < 32 ? openat(dirfd(entries), name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC) : -1;
-            if (child >= 0)
-                free_initramfs(child, device, depth + 1);
-            unlinkat(dirfd(entries), name, AT_REMOVEDIR);
-        } else {
-            unlinkat(dirfd(entries), name, 0);
-        }
-    }
-    closedir(entries);
-}
-
 static int carry_over(const char *name)
 {
     char target[64];
@@ -131,13 +102,7 @@ int switch_to_root(void)
     if (carry_over("/proc") != 0 || carry_over("/sys") != 0 || carry_over("/dev") != 0)
         return -1;
 
-    int old = open("/", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (chdir("/root-new") != 0 || mount(".", "/", NULL, MS_MOVE, NULL) != 0 || chroot(".") != 0 || chdir("/") != 0)
         return boot_fail("cannot switch to", options.root, errno);
-    struct statfs file_system;
-    struct stat status;
-    if (old >= 0 && fstatfs(old, &file_system) == 0 && fstat(old, &status) == 0 &&
-        ((uint32_t)file_system.f_type == RAMFS_MAGIC_ || (uint32_t)file_system.f_type == TMPFS_MAGIC_))
-        free_initramfs(old, status.st_dev, 0);
     return 0;
 }
