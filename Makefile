@@ -23,7 +23,9 @@ help:
 	@echo "make lint    style, types for three systems, layers"
 	@echo "make clean   remove what make made here (kernels and images stay in the cache)"
 
-run: .stamps/python .stamps/kernel .stamps/image
+# The kernel and the image are fetched side by side: together they are most of the first run.
+run: .stamps/python
+	@$(MAKE) --no-print-directory -j2 .stamps/kernel .stamps/image
 	@echo "==> microvm run -- python3 -c ..."
 	@$(MICROVM) run -- python3 -c '$(HELLO)'
 
@@ -32,6 +34,7 @@ setup: .stamps/dev .stamps/kernel .stamps/image
 test: .stamps/dev .stamps/test-tools .stamps/image guest lint
 	@MICROVM_REQUIRE=soft,tuned $(PYTHON) -m pytest $(addprefix tests/,$(filter $(notdir $(wildcard tests/*)),$(TESTS)))
 
+# The quick part of the tests, for every change.
 unit: .stamps/dev
 	@$(PYTHON) -m pytest -q tests/unit tests/property
 
