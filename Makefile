@@ -32,7 +32,7 @@ run: .stamps/python
 setup: .stamps/dev .stamps/kernel .stamps/image
 
 test: .stamps/dev .stamps/test-tools .stamps/image guest lint
-	@MICROVM_REQUIRE=soft,tuned $(PYTHON) -m pytest $(addprefix tests/,$(filter $(notdir $(wildcard tests/*)),$(TESTS)))
+	@MICROVM_REQUIRE=soft MICROVM_REQUIRE_GUESTS=tuned,python,gcc $(PYTHON) -m pytest $(addprefix tests/,$(filter $(notdir $(wildcard tests/*)),$(TESTS)))
 
 # The quick part of the tests, for every change.
 unit: .stamps/dev

@@ -1,4 +1,7 @@
-"""Real kernels and images, found in the cache; what is missing skips, or fails where MICROVM_REQUIRE names it."""
+"""Real kernels and images, found in the cache; what is missing is skipped, or fails where it is required.
+
+``MICROVM_REQUIRE`` names backends, as everywhere, ``MICROVM_REQUIRE_GUESTS`` kernels, images and tools.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,9 @@ BACKEND = os.environ.get("MICROVM_TEST_BACKEND", "auto")
 
 
 def missing(what: str, reason: str) -> Any:
-    """Skip, or fail if ``MICROVM_REQUIRE`` (a comma-separated list) names ``what``."""
-    if what in os.environ.get("MICROVM_REQUIRE", "").split(","):
+    """Skip, or fail if one of the two lists names ``what``."""
+    required = ",".join(os.environ.get(name, "") for name in ("MICROVM_REQUIRE", "MICROVM_REQUIRE_GUESTS"))
+    if what in required.split(","):
         pytest.fail(f"{what} is required: {reason}")
     pytest.skip(reason)
 
