@@ -147,7 +147,7 @@ def _newest(kind: str) -> Kernel | None:
 
 @functools.cache
 def _fragment_hash() -> str:
-    return hashlib.sha256(kernelbuild.fragment()).hexdigest()
+    return kernelbuild.config_hash(kernelbuild.fragment())
 
 
 def _stamp(meta: dict[str, Any]) -> dict[str, Any]:

@@ -101,9 +101,16 @@ def test_the_build_key_covers_fragment_and_source(tmp_path: Path) -> None:
     one, two = tmp_path / "linux-source-6.1.tar.xz", tmp_path / "linux-source-6.12.tar.xz"
     one.write_bytes(b"1")
     two.write_bytes(b"1")
-    keys = {kernelbuild.key(one, b"A=y"), kernelbuild.key(one, b"A=n"), kernelbuild.key(two, b"A=y")}
+    keys = {
+        kernelbuild.key(one, b"CONFIG_A=y\n"),
+        kernelbuild.key(one, b"CONFIG_A=n\n"),
+        kernelbuild.key(two, b"CONFIG_A=y\n"),
+    }
     assert len(keys) == 3
-    assert kernelbuild.key(one, b"A=y") in keys
+    assert kernelbuild.key(one, b"CONFIG_A=y\n") in keys
+    commented = b"# why\nCONFIG_A=y\n\n"
+    assert kernelbuild.key(one, commented) == kernelbuild.key(one, b"CONFIG_A=y\n")
+    assert kernelbuild.key(one, commented + b"# CONFIG_B is not set\n") != kernelbuild.key(one, commented)
 
 
 def test_options_that_the_source_drops_are_found() -> None:
