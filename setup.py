@@ -4,7 +4,8 @@
 - the shim of the software CPU, for this host's Python: ``microvm/hypervisor/soft/_shim.so``
 
 Both are made in the source tree, when a source is newer, so that editable installs, wheels and
-``python setup.py build_native`` (the C programs alone) see the same files. Neither is required: without a compiler there is a warning.
+``python setup.py build_native`` (the C programs alone) see the same files. Neither is required: without a compiler
+there is a warning.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ AGENT = GUEST / "agent-x86_64"
 SHIM_SOURCES = ROOT / "src/microvm/hypervisor/soft/shim"
 SHIM = ROOT / "src/microvm/hypervisor/soft/_shim.so"
 
-AGENT_FLAGS = (
-    "-D_GNU_SOURCE -std=gnu11 -Os -static -s -Wall -Wextra -fno-asynchronous-unwind-tables -fno-stack-protector "
-    "-ffunction-sections -fdata-sections -Wl,--gc-sections"
-).split()
-SHIM_FLAGS = "-O2 -shared -fPIC -pthread -Wall -Wextra".split()
+AGENT_FLAGS = [
+    *("-D_GNU_SOURCE", "-std=gnu11", "-Os", "-static", "-s", "-Wall", "-Wextra"),
+    *("-fno-asynchronous-unwind-tables", "-fno-stack-protector"),
+    *("-ffunction-sections", "-fdata-sections", "-Wl,--gc-sections"),
+]
+SHIM_FLAGS = ["-O2", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra"]
 
 
 def compile_to(target: Path, folder: Path, compilers: list[str], flags: list[str]) -> bool:

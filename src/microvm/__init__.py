@@ -3,7 +3,7 @@
     import microvm
 
     with microvm.Sandbox() as sandbox:
-        print(sandbox.run(["python3", "-c", "print(6 * 7)"]).text)
+        print(sandbox.run(["python3", "-c", "print(6 * 7)"]).stdout_text)
 
 `Sandbox` runs commands in a Linux guest, `MicroVM` is the machine below it, `microvm.aio` is the asyncio mirror. Names
 are loaded when first used: importing the package costs next to nothing.
@@ -18,32 +18,45 @@ from ._version import __version__
 if TYPE_CHECKING:
     from . import aio as aio
     from . import errors as errors
-    from .api import Files, Process, Result, Sandbox
+    from .api import DEVNULL, PIPE, STDOUT, FileInfo, Files, GuestInfo, Process, Result, Sandbox
     from .errors import (
         BackendUnavailable,
         BootError,
+        CommandFailed,
         ConfigError,
         ExecError,
         ExecTimeout,
         GuestError,
+        GuestFileError,
+        GuestFileNotFound,
         HostError,
         InternalError,
         MicroVMError,
         StateError,
     )
     from .machine.config import DiskConfig, MachineConfig
+    from .machine.console import Console
     from .machine.machine import MicroVM
     from .machine.outcome import Outcome
 
 __all__ = [
+    "DEVNULL",
+    "PIPE",
+    "STDOUT",
     "BackendUnavailable",
     "BootError",
+    "CommandFailed",
     "ConfigError",
+    "Console",
     "DiskConfig",
     "ExecError",
     "ExecTimeout",
+    "FileInfo",
     "Files",
     "GuestError",
+    "GuestFileError",
+    "GuestFileNotFound",
+    "GuestInfo",
     "HostError",
     "InternalError",
     "MachineConfig",
@@ -59,11 +72,16 @@ __all__ = [
 ]
 
 _HOME = {
-    **dict.fromkeys(("Files", "Process", "Result", "Sandbox"), "api"),
+    **dict.fromkeys(
+        ("DEVNULL", "PIPE", "STDOUT", "FileInfo", "Files", "GuestInfo", "Process", "Result", "Sandbox"), "api"
+    ),
     **dict.fromkeys(("DiskConfig", "MachineConfig"), "machine.config"),
+    "Console": "machine.console",
     "MicroVM": "machine.machine",
     "Outcome": "machine.outcome",
-    **dict.fromkeys((name for name in __all__ if name.endswith(("Error", "Timeout", "Unavailable"))), "errors"),
+    **dict.fromkeys(
+        (name for name in __all__ if name.endswith(("Error", "Timeout", "Unavailable", "Failed", "NotFound"))), "errors"
+    ),
 }
 
 

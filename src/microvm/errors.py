@@ -11,7 +11,10 @@
         BootError                   the kernel or initrd cannot be booted
       SnapshotError                 a snapshot is corrupt, foreign or newer
       ExecError                     a command could not be run in the guest
-      ExecTimeout(TimeoutError)     a command ran longer than it was allowed to
+        ExecTimeout(TimeoutError)   a command ran longer than it was allowed to
+        CommandFailed               a command that was to succeed did not (``check=True``)
+        GuestFileError(OSError)     the guest refused a file operation
+          GuestFileNotFound(FileNotFoundError)
       InternalError                 our bug
 
 Attributes carry the data; ``str(error)`` is one lower-case sentence, and a hint is there only when it can be
@@ -87,7 +90,19 @@ class SnapshotError(MicroVMError):
 
 
 class ExecError(MicroVMError):
-    """A command could not be started or followed in the guest."""
+    """A command could not be started or followed in the guest.
+
+    ``code`` is the guest's errno (Linux numbers, whatever the host), 0 when there is none.
+    """
+
+    def __init__(self, message: str, code: int = 0) -> None:
+        self.code = code
+        super().__init__(message)
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell would exit with: 127 for a command that is not there, 126 for one that cannot be run."""
+        return 127 if self.code == 2 else 126
 
 
 class ExecTimeout(ExecError, TimeoutError):
@@ -100,6 +115,36 @@ class ExecTimeout(ExecError, TimeoutError):
         self.stdout = stdout
         self.stderr = stderr
         super().__init__(message)
+
+
+class CommandFailed(ExecError):
+    """A command ended with another code than 0 although the caller asked for success.
+
+    ``returncode`` is as in ``subprocess``: negative for a signal. ``stdout`` and ``stderr`` hold its output.
+    """
+
+    def __init__(self, message: str, returncode: int, stdout: bytes = b"", stderr: bytes = b"") -> None:
+        self.returncode = returncode
+        self.stdout = stdout
+        self.stderr = stderr
+        super().__init__(message)
+
+
+class GuestFileError(ExecError, OSError):
+    """The guest refused a file operation; ``errno`` and ``filename`` are the guest's."""
+
+    def __init__(self, code: int, reason: str, path: str) -> None:
+        ExecError.__init__(self, reason, code)
+        self.errno = code
+        self.strerror = reason
+        self.filename = path
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
+
+class GuestFileNotFound(GuestFileError, FileNotFoundError):
+    """The guest has no such file."""
 
 
 class InternalError(MicroVMError):

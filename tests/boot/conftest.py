@@ -36,10 +36,10 @@ def _kernel(kind: str) -> Any:
 @functools.cache
 def _image(name: str) -> Any:
     from microvm.errors import ConfigError
-    from microvm.images import images
+    from microvm.images import rootfs
 
     try:
-        return images.resolve(name)
+        return rootfs.resolve(name)
     except ConfigError as error:
         return str(error)
 

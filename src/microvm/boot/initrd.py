@@ -20,20 +20,28 @@ class Initrd(NamedTuple):
     size: int
 
 
-def load(memory: GuestMemory, images: Sequence[Image], floor: int, ceiling: int) -> Initrd | None:
-    """Copy ``images`` one after another, as high below ``ceiling`` as whole pages allow, and not below ``floor``.
+def load(
+    memory: GuestMemory, images: Sequence[Image], kernel_start: int, kernel_end: int, ceiling: int
+) -> Initrd | None:
+    """Copy ``images`` one after another, as high below ``ceiling`` as whole pages allow.
 
-    Returns None where there is nothing to load. Raises BootError if they do not fit.
+    Where they do not fit above the kernel they go below it: in small guests most of the free memory may be there.
+    Returns None where there is nothing to load. Raises BootError if they fit nowhere.
     """
     sizes = [(image.size + _ALIGN - 1) & -_ALIGN for image in images]
     total = sum(sizes)
     if not total:
         return None
-    gpa = (ceiling - total) & -0x1000
-    if gpa < max(floor, layout.HIGH_RAM):
-        room = max(0, ceiling - max(floor, layout.HIGH_RAM))
+    gaps = [(kernel_end, ceiling), (layout.HIGH_RAM, min(kernel_start, ceiling))]
+    for floor, top in gaps:
+        gpa = (top - total) & -0x1000
+        if gpa >= floor:
+            break
+    else:
+        room = max(top - floor for floor, top in gaps)
         raise BootError(
-            f"the initrd does not fit into memory: it needs {_mib(total)} and beside the kernel there are {_mib(room)}"
+            f"the initrd does not fit into memory: it needs {_mib(total)} "
+            f"and beside the kernel there are {_mib(max(room, 0))}"
         )
     position = gpa
     for image, size in zip(images, sizes, strict=True):

@@ -14,7 +14,7 @@ from typing import Final
 from ..hypervisor.base import Registers
 from ..memory import GuestMemory
 from ..spec import bootparam
-from . import acpi, bzimage, cmdline, elf, initrd, layout, linux, memmap, pvh
+from . import acpi, bzimage, cmdline, elf, firmware, initrd, layout, linux, memmap, pvh
 from .image import Image, ImageSource, open_image
 
 PROTOCOL_PVH: Final = "pvh"
@@ -82,6 +82,7 @@ def load(
         state = _load_bzimage(memory, image, packed, disks, min(ram_end, ceiling), entries)
     memory.write(layout.CMDLINE, line)
     memory.write(layout.ACPI_TABLES, tables)
+    memory.write(layout.RESET_VECTOR, firmware.reset_vector())
     return state
 
 
@@ -90,7 +91,7 @@ def _load_elf(
 ) -> BootState:
     kernel = elf.parse(image, memmap.low_ram_end(memory))
     elf.load(image, kernel, memory)
-    placed = initrd.load(memory, disks, kernel.end, ceiling)
+    placed = initrd.load(memory, disks, kernel.start, kernel.end, ceiling)
     if kernel.pvh_entry is not None:
         pvh.write_start_info(memory, entries, placed, layout.ACPI_TABLES)
         registers, protocol, entry = pvh.registers(kernel.pvh_entry), PROTOCOL_PVH, kernel.pvh_entry
@@ -110,7 +111,7 @@ def _load_bzimage(
     entries: list[memmap.MapEntry],
 ) -> BootState:
     gpa, end = bzimage.place(image, packed, memory, memmap.low_ram_end(memory))
-    placed = initrd.load(memory, disks, end, ceiling)
+    placed = initrd.load(memory, disks, gpa, end, ceiling)
     linux.write_zero_page(memory, packed.header_bytes, entries, placed, layout.ACPI_TABLES)
     linux.write_tables(memory)
     entry = gpa + bootparam.ENTRY_64

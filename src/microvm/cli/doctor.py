@@ -39,7 +39,7 @@ def examine() -> dict[str, Any]:
     """Everything doctor knows, as JSON-ready data. Takes about a second: backends are probed by running a guest."""
     from ..errors import BackendUnavailable
     from ..hypervisor import select
-    from ..images import images, kernels
+    from ..images import kernels, rootfs
     from ..machine.config import host_memory_mib
 
     available = select.probe_all()
@@ -55,7 +55,7 @@ def examine() -> dict[str, Any]:
         "auto": auto,
         "backends": [dataclasses.asdict(one) for one in available],
         "kernels": [{"name": one.name, "kind": one.kind, "path": str(one.path)} for one in kernels.list()],
-        "images": [{"name": one.name, "path": str(one.path)} for one in images.list()],
+        "images": [{"name": one.name, "path": str(one.path)} for one in rootfs.list()],
         "executable": sys.executable,
     }
 

@@ -19,7 +19,9 @@ def add_machine_options(parser: argparse.ArgumentParser, memory: str) -> None:
         "--memory", metavar="SIZE", default=memory, help="RAM in MiB, or with a unit: 512M, 2G (default %(default)s)"
     )
     parser.add_argument("--cpus", metavar="N", default="1", help="virtual processors, 1 to 32 (default 1)")
-    parser.add_argument("--backend", metavar="NAME", default="auto", help="auto, or a name that `microvm doctor` lists (default auto)")
+    parser.add_argument(
+        "--backend", metavar="NAME", default="auto", help="auto, or a name that `microvm doctor` lists (default auto)"
+    )
 
 
 def memory_mib(text: str) -> int:

@@ -140,7 +140,7 @@ class Balloon(VirtioDevice):
             if gpa % PAGE_SIZE or size % PAGE_SIZE:
                 # Discarding the page anyway would zero what the guest still uses.
                 raise GuestMemoryError(f"balloon: {gpa:#x} + {size:#x} is not whole pages")
-            if gpa > end or gpa + size - start > MAX_DISCARD:
+            if gpa > end:
                 self._release(start, end)
                 start = gpa
                 end = gpa + size

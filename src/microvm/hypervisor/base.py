@@ -6,7 +6,8 @@ and a vCPU runs. Exits, the hardware's returns, are served inside `Vcpu.run`: po
 the local APIC lives stay inside the backend. Every backend has the local APICs in itself; the one I/O APIC is ours
 (`devices/ioapic.py`) and reaches them through `Partition.signal_msi`.
 
-Threads: the machine gives each vCPU a thread that calls `run` again and again. `kick`, `signal_msi` and the doorbell
+Threads: the machine gives each vCPU a thread that calls `run` again and again. A bus handler runs on one of these
+threads, not always on that of the vCPU whose exit it serves. `kick`, `signal_msi` and the doorbell
 events may come from any thread. Everything else is called while no vCPU of the partition runs, unless it says
 otherwise.
 """
@@ -61,6 +62,7 @@ class Capabilities:
 
     ``doorbells``: `Partition.doorbell` works. ``dirty_log``: `Partition.dirty` works. ``save``: state can be saved.
     ``pio_latch``: `Partition.latch_pio` works. ``irqfd``: `Partition.route_irq` works. ``max_vcpus`` is the limit.
+    ``host_writes``: `Partition.host_wrote` must be told of every write the host makes to guest memory.
     """
 
     max_vcpus: int
@@ -69,6 +71,7 @@ class Capabilities:
     save: bool = False
     pio_latch: bool = False
     irqfd: bool = False
+    host_writes: bool = False
 
 
 @dataclass(slots=True)
@@ -225,6 +228,12 @@ class Partition(Protocol):
 
         Reads and clears. ``gpa`` and ``size`` are those of a mapping made with ``track_dirty``. Host writes are not
         in it (`GuestMemory.observe`).
+        """
+
+    def host_wrote(self, gpa: int, size: int) -> None:
+        """The host changed guest memory (`GuestMemory.observe`): code translated from it is stale. Any thread.
+
+        Called before the guest is told of the change. Does nothing where the processor is real.
         """
 
     def signal_msi(self, address: int, data: int) -> None:

@@ -43,6 +43,15 @@ def real_package(meta: str) -> Package:
     return parse_real_package(meta, text)
 
 
+def candidate(name: str) -> Package:
+    """The version of a package that apt would install. Raises MissingTools without apt, ConfigError if unknown."""
+    cache.need_tools(f"fetching {name}", {"apt-get": "apt", "apt-cache": "apt"})
+    found = re.search(r"^Version: (\S+)$", _apt("apt-cache", "show", "--no-all-versions", name), re.MULTILINE)
+    if not found:
+        raise ConfigError("package", name, "apt knows no version of it (apt-get update?)")
+    return Package(name, found[1])
+
+
 def parse_real_package(meta: str, text: str) -> Package:
     """The first dependency that carries the version with it, out of ``apt-cache show``'s answer."""
     found = re.search(r"^Depends:.*?([a-z0-9][a-z0-9+.-]+) \(= ([^)\s]+)\)", text, re.MULTILINE)

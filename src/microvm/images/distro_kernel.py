@@ -36,7 +36,7 @@ def unpack(archive: Path, out: Path, kind: str, progress: Progress = quiet) -> d
     progress("unpacking the kernel image", None)
     if vmlinux := bzimage.extract_vmlinux(image):
         (out / "vmlinux").write_bytes(vmlinux)
-    order = modules.load_order(available)
+    order = modules.load_order(available, modules.BOOT_MODULES)
     if order:
         (out / "modules.cpio").write_bytes(modules.modules_cpio(available))
     return {"kind": kind, "version": version, "modules": order}

@@ -14,7 +14,8 @@ from typing import Final
 from microvm.errors import ConfigError
 from microvm.images import cpio
 
-# What a sandbox needs before it can mount its root and answer, first things first.
+# What a sandbox needs before it can mount its root and answer, first things first. Measured in Debian's 6.1, these take
+# 34 M guest instructions; ext4 alone would take as many again, so it waits until something asks for it.
 BOOT_MODULES: Final = (
     "virtio_mmio",
     "virtio_blk",
@@ -24,11 +25,13 @@ BOOT_MODULES: Final = (
     "virtio_console",
     "virtio_balloon",
     "virtio_rng",
-    "ext4",
-    "virtiofs",
 )
-DIRECTORY: Final = "lib/modules-boot"
+LATE_MODULES: Final = ("virtiofs", "ext4")
+BOOT_DIRECTORY: Final = "lib/modules-boot"
+LATE_DIRECTORY: Final = "lib/modules-late"
 MODULE_MAX: Final = 64 << 20  # one module, unpacked
+_SIGNATURE_MARK: Final = b"~Module signature appended~\n"
+_SIGNATURE: Final = struct.Struct(">BBBBBxxxI")  # algorithm, hash, id type, signer length, key id length, length
 _SECTION: Final = struct.Struct("<IIQQQQIIQQ")
 
 
@@ -120,9 +123,26 @@ def _needs(available: Mapping[str, bytes], name: str, visited: set[str]) -> list
     return [other if other in available else f"{other}_generic" for other in needed]
 
 
-def modules_cpio(available: Mapping[str, bytes], wanted: Iterable[str] = BOOT_MODULES) -> bytes:
-    """The initramfs part with the modules as ``/lib/modules-boot/NN-name.ko``, numbered in load order."""
-    order = load_order(available, wanted)
+def without_signature(module: bytes) -> bytes:
+    """The module without the signature at its end: a kernel that finds one spends 5 M instructions and more on it."""
+    end = len(module) - len(_SIGNATURE_MARK)
+    if not module.endswith(_SIGNATURE_MARK) or end < _SIGNATURE.size:
+        return module
+    _, _, _, signer, key_id, length = _SIGNATURE.unpack_from(module, end - _SIGNATURE.size)
+    start = end - _SIGNATURE.size - signer - key_id - length
+    return module[:start] if start > 0 else module
+
+
+def modules_cpio(available: Mapping[str, bytes]) -> bytes:
+    """The initramfs part with the modules, numbered in the order to load them.
+
+    ``/lib/modules-boot/NN-name.ko`` are for every boot; ``/lib/modules-late/NN-name.ko`` for a guest that finds it
+    needs them: those go after all of the first.
+    """
+    boot = load_order(available, BOOT_MODULES)
+    late = [name for name in load_order(available, LATE_MODULES) if name not in boot]
     return cpio.pack(
-        cpio.file(f"{DIRECTORY}/{number:02}-{name}.ko", available[name]) for number, name in enumerate(order)
+        cpio.file(f"{directory}/{number:02}-{name}.ko", without_signature(available[name]))
+        for directory, names in ((BOOT_DIRECTORY, boot), (LATE_DIRECTORY, late))
+        for number, name in enumerate(names)
     )

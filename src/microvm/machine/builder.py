@@ -90,6 +90,8 @@ class Machine:
         resources.callback(self.partition.close)
         for region in self.memory:
             self.partition.map(region.gpa, region)
+        if self.partition.caps.host_writes:
+            self.memory.observe(self.partition.host_wrote)
         self._add_platform()
         self.reactor = Reactor(self._io_failed)
         self._add_virtio()
@@ -156,7 +158,6 @@ class Machine:
 
         device = Vsock(cid)
         self.vsock = VsockHost(device, self.reactor)
-        self._resources.callback(self.vsock.close)
         self._attach(device, self.reactor)
 
     def _attach(self, device: VirtioDevice, reactor: Reactor) -> Slot:
@@ -187,6 +188,9 @@ class Machine:
         for reactor in self.reactors:
             self._resources.callback(reactor.stop)
             reactor.start()
+        if self.vsock is not None:
+            self._resources.callback(self.vsock.close)  # before the reactors stop
+            self.vsock.start()
         if self.partition.caps.doorbells:
             for slot in self.slots:
                 for index in range(slot.queue_count):
@@ -197,11 +201,12 @@ class Machine:
         self._resources.callback(event.close)
         if not self.partition.doorbell(slot.place.gpa + MmioReg.QUEUE_NOTIFY, _NOTIFY_SIZE, index, event):
             return
-        process = slot.transport.process
+        transport = slot.transport
 
         def rung() -> None:
             event.clear()
-            process(index)
+            transport.notifications += 1
+            transport.process(index)
 
         slot.reactor.add_reader(event.fd, rung)
 
@@ -210,6 +215,8 @@ class Machine:
         for slot in self.slots:
             with contextlib.suppress(Exception):  # the machine has ended, and why is known already
                 slot.reactor.call_and_wait(partial(_drain, slot.transport))
+        if self.vsock is not None:
+            self.vsock.close()
         self.serial.close()
         if self.console is not None:
             self.console.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,9 +146,11 @@ def check_cmdline(cmdline: str) -> None:
 
 def host_memory_mib() -> int:
     """The host's RAM in MiB, or 0 where it cannot be told."""
+    if sys.platform == "win32":
+        return 0
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
-    except (AttributeError, ValueError, OSError):
+    except (ValueError, OSError):
         return 0
 
 

@@ -125,8 +125,8 @@ class _Call:
             return
         if newline >= 0:
             self._put_through()
-        elif not peeked or len(self._line) >= MAX_LINE:
-            self.end()
+        elif not peeked:
+            self.end()  # the end of the stream, or no room left in the line
 
     def _put_through(self) -> None:
         port = _parse(self._line)

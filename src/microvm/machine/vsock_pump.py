@@ -132,7 +132,7 @@ class Pump:
 
     def connect(self, guest_port: int) -> None:
         """Ask the guest for a connection to ``guest_port``. Raises ConfigError, StateError."""
-        with self._pumps.device.batch():
+        with self._pumps.device.lock:  # so that no answer comes before we know what it is for
             self.connection = self._pumps.device.connect(guest_port, self)
 
     def arm(self) -> None:

@@ -125,6 +125,9 @@ class FakePartition:
     def dirty(self, gpa: int, size: int) -> bytes:
         return bytes(size >> 15)
 
+    def host_wrote(self, gpa: int, size: int) -> None:
+        pass
+
     def signal_msi(self, address: int, data: int) -> None:
         self.messages.append((address, data))
 

@@ -57,6 +57,10 @@ ROUND_CHAINS: Final = 64
 """Requests served before a queue goes to the back of the I/O thread's line: a driver that keeps its queue full must
 not starve the other queues and devices of the machine."""
 
+MAX_POPS: Final = 256
+"""Buffers a host-driven queue takes in one batch. A driver that offers useless ones as fast as they come back would
+otherwise hold the thread that delivers to it for ever."""
+
 _TRANSPORT_FEATURES: Final = Feature.VERSION_1 | Feature.INDIRECT_DESC
 _DRIVER_BITS: Final = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK | Status.FAILED
 _STEPS: Final = (Status.ACKNOWLEDGE, Status.DRIVER, Status.FEATURES_OK, Status.DRIVER_OK)
@@ -92,6 +96,8 @@ class _Batch:
     def __enter__(self) -> None:
         device = self._device
         device.lock.acquire()
+        if not device._depth:
+            device._pops = MAX_POPS
         device._depth += 1
 
     def __exit__(
@@ -140,6 +146,7 @@ class VirtioDevice:
         self.failures = 0
         self._running = False
         self._depth = 0
+        self._pops = 0
         self._batch = _Batch(self)
         self._interrupt: Callable[[int], None] = _no_interrupt
         self._rearm: Callable[[int], None] | None = None
@@ -201,13 +208,19 @@ class VirtioDevice:
         return self._batch
 
     def pop(self, index: int) -> Chain | None:
-        """The next chain of queue ``index``, or None: then the driver's next buffers call ``fill_<name>``.
+        """The next chain of queue ``index``, or None: then ``fill_<name>`` is called when there are more.
 
-        With the lock held. Raises VirtqueueError, GuestMemoryError, for `batch` to contain.
+        Inside a batch, which takes at most `MAX_POPS`. Raises VirtqueueError, GuestMemoryError, for `batch` to contain.
         """
         if not self._running:
             return None
         queue = self.vqs[index]
+        if self._depth:
+            if not self._pops:
+                if queue.allow_notify() and self._rearm is not None:
+                    self._rearm(index)
+                return None
+            self._pops -= 1
         chain = queue.pop()
         if chain is None and queue.allow_notify():
             chain = queue.pop()
@@ -313,6 +326,10 @@ class VirtioDevice:
         if added & Status.DRIVER_OK and not ours:
             self._running = True
             self.on_activate()
+            # Linux's balloon driver offers and notifies before DRIVER_OK (6.1, init_vqs); those wait until now.
+            for queue in self.vqs:
+                if queue.pending():
+                    (self._rearm or self.process)(queue.index)
 
     def _acceptable(self) -> bool:
         features = self.driver_features

@@ -51,7 +51,8 @@ class VirtioMmio:
     """The register file in front of ``device``; an MmioDevice of `MMIO_SIZE` bytes.
 
     ``irq`` is pulsed for every interrupt. ``notifier(index)``, called on the vCPU thread without a lock, hands a queue
-    to the I/O thread, which calls `process`; without one, the vCPU that notifies serves the queue itself.
+    to the I/O thread, which calls `process`, and is not called again for that queue until then; without one, the vCPU
+    that notifies serves the queue itself.
     """
 
     def __init__(
@@ -70,9 +71,11 @@ class VirtioMmio:
         self._device_features_sel = 0
         self._driver_features_sel = 0
         self._queue_sel = 0
+        self._queue_count = len(device.queues)
         self._process = device.process
-        device.attach(memory, self._interrupt, notifier)
-        self._queue_count = len(device.vqs)
+        self._waiting = [False] * self._queue_count
+        self._serve = self.process if notifier is None else self._notify
+        device.attach(memory, self._interrupt, None if notifier is None else self._notify)
         self._reads: dict[int, Callable[[], int]] = {
             MmioReg.MAGIC: lambda: MMIO_MAGIC,
             MmioReg.VERSION: lambda: MMIO_VERSION,
@@ -100,7 +103,15 @@ class VirtioMmio:
 
     def process(self, index: int) -> None:
         """Serve queue ``index``: what the I/O thread calls for a notification. Raises InternalError for our bugs."""
+        self._waiting[index] = False  # before the ring is looked at: a notification from here on counts anew
         self._process(index)
+
+    def _notify(self, index: int) -> None:
+        # A driver that notifies in a loop must not fill the I/O thread's list of things to do.
+        if not self._waiting[index]:
+            self._waiting[index] = True
+            assert self._notifier is not None
+            self._notifier(index)
 
     def mmio_read(self, offset: int, size: int) -> int:
         """A register or configuration access of the driver. vCPU thread. Raises InternalError only."""
@@ -122,7 +133,7 @@ class VirtioMmio:
         if offset == MmioReg.QUEUE_NOTIFY and size == 4:
             self.notifications += 1
             if value < self._queue_count and self.device.running:
-                (self._notifier or self._process)(value)
+                self._serve(value)
             return
         if offset == MmioReg.INTERRUPT_ACK and size == 4:
             with self._interrupt_lock:
@@ -151,7 +162,7 @@ class VirtioMmio:
         """
         for queue in self.device.vqs:
             if queue.ready:
-                (self._notifier or self._process)(queue.index)
+                self._serve(queue.index)
         if self._interrupt_status:
             self._irq.pulse()  # the edge may have been lost with the old interrupt controller; a spare one is harmless
 
@@ -187,8 +198,6 @@ class VirtioMmio:
         return self.device.vqs[self._queue_sel] if self._queue_sel < self._queue_count else None
 
     def _read_features(self) -> int:
-        if self._device_features_sel > 1:
-            return 0
         return (self.device.offered_features >> (32 * self._device_features_sel)) & _ALL_ONES
 
     def _read_queue_num_max(self) -> int:

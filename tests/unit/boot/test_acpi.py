@@ -84,7 +84,7 @@ def test_dsdt_names_every_device() -> None:
 
 def test_tables_stay_within_their_area() -> None:
     assert len(acpi.build(255, SLOTS)) < layout.ACPI_TABLES_END - layout.ACPI_TABLES
-    huge = EventDevice("BLOB", aml.name("DATA", aml.buffer(bytes(0x20000))), layout.GED_SPARE_GSIS[0])
+    huge = EventDevice("BLOB", aml.name("DATA", aml.buffer(bytes(0x10000))), layout.GED_SPARE_GSIS[0])
     with pytest.raises(ConfigError, match="room"):
         acpi.build(1, (), [huge])
 

@@ -46,7 +46,7 @@ CASES = {
     "odd program header size": (make_elf(phentsize=55), "absurd"),
     "program headers beyond the end": (make_elf(phoff=1 << 40), "beyond the end"),
     "program header offset that wraps": (make_elf(phoff=(1 << 64) - 8), "beyond the end"),
-    "truncated elf": (make_elf()[:-1], "truncated"),
+    "truncated elf": (make_elf()[:-1], "truncated: the ELF segment for .* is not all there"),
     "nothing to load": (segments(phdr(elf.PT_NOTE, 120, 0, 0)), "nothing to load"),
     "file part larger than memory part": (segments(at(LOAD_GPA, 0x100, 0x80)), "more bytes in the file"),
     "segment in low memory": (segments(at(0x7000)), "below 1 MiB"),

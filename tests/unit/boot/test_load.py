@@ -31,6 +31,11 @@ def e820(memory: GuestMemory) -> list[tuple[int, ...]]:
     return [memory.unpack(bootparam.E820_ENTRY, base + 20 * index) for index in range(count)]
 
 
+def _pvh_map(memory: GuestMemory) -> list[tuple[int, ...]]:
+    map_gpa, entries = memory.unpack(pvh.START_INFO, layout.PVH_START_INFO)[7:9]
+    return [memory.unpack(pvh.MEMMAP_ENTRY, map_gpa + 24 * index)[:3] for index in range(entries)]
+
+
 def test_elf_with_note_starts_by_pvh(memory: GuestMemory) -> None:
     state = boot.load(memory, make_elf(), [b"initrd"], "console=ttyS0")
     registers = state.registers
@@ -52,8 +57,8 @@ def test_pvh_start_info_names_everything(memory: GuestMemory) -> None:
     assert memory.read(cmdline_gpa, 14) == b"console=ttyS0\0"
     assert memory.read(rsdp_gpa, 8) == b"RSD PTR "
     assert memory.unpack(pvh.MODULE, modules_gpa) == (*state.initrd, 0, 0) if state.initrd else False
-    table = [memory.unpack(pvh.MEMMAP_ENTRY, map_gpa + 24 * index)[:3] for index in range(entries)]
-    assert table == [(0, 0x9FC00, 1), (0x9FC00, 0x60400, 2), (0x100000, 63 * MIB, 1)]
+    assert (map_gpa, entries) == (layout.PVH_START_INFO + 56 + 32, 3)
+    assert _pvh_map(memory) == [(0, 0x9FC00, 1), (0x9FC00, 0x60400, 2), (0x100000, 63 * MIB, 1)]
 
 
 def test_pvh_without_initrd_has_no_module(memory: GuestMemory) -> None:
@@ -111,6 +116,7 @@ def test_boot_areas_do_not_overlap() -> None:
             (layout.PAGE_TABLES, 0x6000),
             (layout.CMDLINE, layout.CMDLINE_MAX),
             (layout.ACPI_TABLES, layout.ACPI_TABLES_END - layout.ACPI_TABLES),
+            (layout.RESET_VECTOR, 16),
         ]
     )
     for (low, size), (high, _) in itertools.pairwise(areas):
@@ -142,6 +148,14 @@ def test_unpacking_can_be_declined(memory: GuestMemory) -> None:
     assert boot.load(memory, make_bzimage(gzip_payload(make_elf())), unpack=False).protocol == "bzimage"
 
 
+def test_restart_through_the_bios_reaches_the_reset_register(memory: GuestMemory) -> None:
+    boot.load(memory, make_elf())
+    code = memory.read(0xF_FFF0, 10)
+    assert code == bytes.fromhex("ba0206 b006 ee fa f4 ebfd")
+    reserved = [(gpa, size) for gpa, size, kind in _pvh_map(memory) if kind == 2]
+    assert any(gpa <= 0xF_FFF0 < gpa + size for gpa, size in reserved)
+
+
 def test_zero_setup_sectors_mean_four(memory: GuestMemory) -> None:
     image = make_bzimage()
     image = image[:0x1F1] + b"\0" + image[0x1F2:1024] + bytes(3 * 512) + image[1024:]
@@ -171,12 +185,19 @@ def test_initrd_larger_than_memory_is_refused(memory: GuestMemory) -> None:
 
 def test_initrd_never_covers_the_kernel() -> None:
     small = GuestMemory.allocate(18 * MIB)
-    room = 18 * MIB - (LOAD_GPA + 2 * len(TEXT))
-    state = boot.load(small, make_elf(), [bytes(room & -4096)])
+    room = 18 * MIB - (LOAD_GPA + 2 * len(TEXT)) & -4096
+    state = boot.load(small, make_elf(), [bytes(room)])
     assert state.initrd is not None
     assert state.initrd.gpa >= state.kernel_end
-    with pytest.raises(BootError, match="does not fit"):
-        boot.load(small, make_elf(), [bytes((room & -4096) + 4)])
+
+
+def test_initrd_without_room_above_the_kernel_goes_below() -> None:
+    small = GuestMemory.allocate(18 * MIB)
+    state = boot.load(small, make_elf(), [bytes(15 * MIB)])
+    assert state.initrd == (MIB, 15 * MIB)
+    assert state.initrd.gpa + state.initrd.size <= state.kernel_start
+    with pytest.raises(BootError, match=r"does not fit .* beside the kernel there are 15\.0 MiB"):
+        boot.load(small, make_elf(), [bytes(15 * MIB + 1)])
 
 
 def test_memory_beyond_the_hole_is_in_the_map() -> None:

@@ -141,6 +141,12 @@ def test_parts_of_pages_are_not_discarded(guest: Guest, offset: int, size: int) 
     assert guest.memory.read(FIRST * PAGE, 2 * PAGE) == b"x" * 2 * PAGE
 
 
+def test_parts_that_add_up_to_a_page_are_not_discarded(guest: Guest) -> None:
+    guest.report((FIRST * PAGE, 1024), (FIRST * PAGE + 1024, 3072))
+    assert guest.driver.needs_reset
+    assert guest.discards() == []
+
+
 def test_pages_are_not_discarded_for_a_driver_that_did_not_agree_to_reporting() -> None:
     guest = Guest(BalloonFeature.STATS_VQ)
     guest.report((FIRST * PAGE, PAGE))

@@ -104,6 +104,7 @@ def test_reader_is_called_for_data_until_removed(reactor: Reactor, pair: tuple[s
     theirs.send(b"one")
     assert seen.wait(WAIT_S)
     reactor.remove_reader(ours.fileno())
+    reactor.call_and_wait(lambda: None)
     theirs.send(b"two")
     reactor.call_and_wait(lambda: None)
     time.sleep(0.02)
@@ -143,11 +144,10 @@ def test_hangup_is_told_once_and_does_not_spin(reactor: Reactor, pair: tuple[soc
     assert not seen.wait(0.02)
     theirs.close()
     assert seen.wait(WAIT_S)
-    started = time.thread_time()
-    reactor.call_and_wait(lambda: None)
-    time.sleep(0.05)
+    before = reactor.call_and_wait(time.thread_time)
+    time.sleep(0.1)
+    assert reactor.call_and_wait(time.thread_time) - before < 0.02
     assert len(calls) == 1
-    assert time.thread_time() - started < 0.05
     reactor.remove(ours.fileno())
 
 
@@ -199,8 +199,9 @@ def test_errors_of_callbacks_reach_on_error_and_the_reactor_goes_on(
     deadline = time.monotonic() + WAIT_S
     while len(errors) < 3 and time.monotonic() < deadline:
         errors.seen.wait(0.01)
-    reactor.call_and_wait(lambda: None)
-    time.sleep(0.02)
+    before = reactor.call_and_wait(time.thread_time)
+    time.sleep(0.1)
+    assert reactor.call_and_wait(time.thread_time) - before < 0.02
     assert {type(error) for error in errors} == {ZeroDivisionError, IndexError, KeyError}
     assert len(errors) == 3
 
@@ -234,8 +235,6 @@ def test_stop_from_a_callback_ends_the_thread(errors: Errors) -> None:
 def test_a_caller_waiting_when_the_reactor_stops_is_told(errors: Errors) -> None:
     reactor = Reactor(errors)
     reactor.start()
-    reactor.call_soon_threadsafe(reactor.stop)
-    reactor.call_soon_threadsafe(lambda: time.sleep(0.02))
     outcome: list[object] = []
 
     def caller() -> None:
@@ -244,13 +243,21 @@ def test_a_caller_waiting_when_the_reactor_stops_is_told(errors: Errors) -> None
         except StateError as error:
             outcome.append(error)
 
-    threads = [threading.Thread(target=caller) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(WAIT_S)
+    entered = threading.Event()
+
+    def stop_once_somebody_waits() -> None:
+        entered.set()
+        while not reactor._calls:
+            time.sleep(0.001)
+        reactor.stop()
+
+    reactor.call_soon_threadsafe(stop_once_somebody_waits)
+    assert entered.wait(WAIT_S)
+    thread = threading.Thread(target=caller, daemon=True)
+    thread.start()
+    thread.join(WAIT_S)
     reactor.stop()
-    assert len(outcome) == 4
+    assert [type(result) for result in outcome] == [StateError]
 
 
 def test_posting_from_many_threads_loses_nothing(reactor: Reactor) -> None:

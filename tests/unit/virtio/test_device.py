@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from microvm.errors import InternalError, SnapshotError, VirtqueueError
-from microvm.spec.virtio import Feature, InterruptBit, Status
+from microvm.spec.virtio import Feature, InterruptBit, MmioReg, Status
 from microvm.testing import FakeDriver
 from microvm.virtio import Chain, QueueSpec, VirtioDevice
-from microvm.virtio.device import ROUND_CHAINS
+from microvm.virtio.device import MAX_POPS, ROUND_CHAINS
 
 
 class Echo(VirtioDevice):
@@ -172,6 +172,33 @@ def test_events_wait_for_buffers(driver: FakeDriver) -> None:
     assert [used.data for used in driver.collect("events")] == [b"one"]
 
 
+def test_a_driver_that_offers_useless_buffers_cannot_hold_the_thread(deferred: FakeDriver) -> None:
+    class Picky(Echo):
+        def fill_events(self) -> None:
+            while (chain := self.pop(1)) is not None:
+                self.served += 1
+                self.complete(chain)
+                deferred.collect("events")
+                deferred.add("events", writable=1)
+
+    deferred.move_to(Picky())
+    deferred.run()
+    deferred.add("events", writable=1)
+    deferred.mmio.process(1)
+    assert echo(deferred).served == MAX_POPS
+    assert deferred.notified == [1]
+
+
+def test_what_was_offered_before_driver_ok_is_served_then(driver: FakeDriver) -> None:
+    driver.negotiate()
+    driver.set_queue("requests")
+    driver.add("requests", b"early", 8)
+    driver.notify("requests")
+    assert driver.collect("requests") == []
+    driver.write(MmioReg.STATUS, driver.status | Status.DRIVER_OK)
+    assert [used.data for used in driver.collect("requests")] == [b"early"]
+
+
 def test_new_buffers_need_no_notification_while_nothing_waits(driver: FakeDriver) -> None:
     driver.add("events", writable=8)
     driver.notify("events")
@@ -277,6 +304,7 @@ def test_a_broken_device_stays_broken_over_a_restore(driver: FakeDriver) -> None
     driver.move_to(Echo())
     assert driver.needs_reset
     assert not driver.device.running
+    assert echo(driver).served == 0
 
 
 def test_the_state_of_another_device_is_refused(driver: FakeDriver) -> None:
@@ -296,5 +324,5 @@ def test_a_state_with_features_that_are_not_offered_is_refused(driver: FakeDrive
 
 
 def test_activation_happens_once(driver: FakeDriver) -> None:
-    driver.mmio.mmio_write(0x70, 4, driver.status | Status.DRIVER_OK)
+    driver.write(MmioReg.STATUS, driver.status | Status.DRIVER_OK)
     assert echo(driver).activations == 1

@@ -265,6 +265,17 @@ def test_a_notification_goes_to_the_notifier_without_the_device_lock() -> None:
     assert driver.notified == [1]
 
 
+def test_a_flood_of_notifications_waits_as_one() -> None:
+    driver = FakeDriver(Device(), deferred=True).start()
+    for _ in range(1000):
+        driver.notify("requests")
+    driver.notify("others")
+    assert driver.notified == [0, 1]
+    driver.run()
+    driver.notify("requests")
+    assert driver.notified == [0]
+
+
 def test_notifications_before_driver_ok_are_dropped() -> None:
     driver = FakeDriver(Device(), deferred=True)
     driver.negotiate()

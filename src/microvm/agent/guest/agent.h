@@ -171,7 +171,7 @@ struct group *group_take(void);
 int group_fd(const struct group *group);
 void group_give_back(struct group *group);
 /* The command with this session is gone or must go: end all that belongs to it. */
-void group_kill(const struct group *group, pid_t session);
+void group_kill(struct group *group, pid_t session);
 
 /* ---- users.c ---- */
 

@@ -16,11 +16,13 @@
 
 struct group {
     struct group *next;
-    int directory, kill;
+    int directory, kill, killed;
+    char name[32];
 };
 
 static int parent = -1;
 static struct group *spare;
+static struct group *dying; /* killed, to be removed once empty */
 static int made;
 
 void groups_open(const char *directory)
@@ -33,22 +35,36 @@ void groups_open(const char *directory)
     }
 }
 
+static void bury(void)
+{
+    for (struct group **at = &dying, *group; (group = *at);) {
+        if (unlinkat(parent, group->name, AT_REMOVEDIR) != 0 && errno == EBUSY) {
+            at = &group->next;
+            continue;
+        }
+        *at = group->next;
+        free(group);
+    }
+}
+
 static struct group *make(void)
 {
-    char name[32];
-    snprintf(name, sizeof name, "microvm-%d", made++);
-    if (mkdirat(parent, name, 0755) != 0 && errno != EEXIST)
-        return NULL;
+    bury();
     struct group *group = calloc(1, sizeof *group);
     if (!group)
         return NULL;
-    group->directory = openat(parent, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    snprintf(group->name, sizeof group->name, "microvm-%d", made++);
+    if (mkdirat(parent, group->name, 0755) != 0) {
+        free(group);
+        return NULL;
+    }
+    group->directory = openat(parent, group->name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     group->kill = group->directory < 0 ? -1 : openat(group->directory, "cgroup.kill", O_WRONLY | O_CLOEXEC);
     if (group->kill >= 0)
         return group;
     if (group->directory >= 0)
         close(group->directory);
-    unlinkat(parent, name, AT_REMOVEDIR);
+    unlinkat(parent, group->name, AT_REMOVEDIR);
     free(group);
     close(parent); /* a kernel before 5.14: sessions it is */
     parent = -1;
@@ -75,8 +91,14 @@ void group_give_back(struct group *group)
 {
     if (!group)
         return;
-    group->next = spare;
-    spare = group;
+    if (group->killed) {
+        close(group->kill);
+        close(group->directory);
+    }
+    struct group **list = group->killed ? &dying : &spare;
+    group->next = *list;
+    *list = group;
+    bury();
 }
 
 static pid_t session_of(const char *pid)
@@ -114,9 +136,11 @@ static void kill_session(pid_t session)
     }
 }
 
-void group_kill(const struct group *group, pid_t session)
+void group_kill(struct group *group, pid_t session)
 {
-    if (group && pwrite(group->kill, "1", 1, 0) == 1)
+    if (group && pwrite(group->kill, "1", 1, 0) == 1) {
+        group->killed = 1;
         return;
+    }
     kill_session(session);
 }

@@ -137,7 +137,7 @@ class Vsock(VirtioDevice):
         """
         if not 0 <= guest_port <= MAX_PORT:
             raise ConfigError("vsock port", guest_port, "a number from 0 to 4294967294")
-        with self.batch():
+        with self.lock:
             if len(self._connections) - self._guest_opened >= MAX_CONNECTIONS:
                 raise StateError(f"{MAX_CONNECTIONS} connections to the guest are open already")
             port = self._next_host_port
@@ -146,8 +146,9 @@ class Vsock(VirtioDevice):
             self._next_host_port = port + 1 if port < MAX_PORT else FIRST_HOST_PORT
             connection = self._add(port, guest_port, Phase.CONNECTING)
             connection.endpoint = endpoint
-            self.owe(connection, Op.REQUEST)
-            self.send_owed()
+            with self.batch():
+                self.owe(connection, Op.REQUEST)
+                self.send_owed()
         return connection
 
     def transport_reset(self) -> None:

@@ -147,6 +147,9 @@ class KvmPartition:
         self.api.ioctl(self.vm_fd, abi.KVM_GET_DIRTY_LOG, log)
         return bitmap.raw[: (pages + 7) // 8]
 
+    def host_wrote(self, gpa: int, size: int) -> None:
+        """The processor sees the host's writes by itself."""
+
     def signal_msi(self, address: int, data: int) -> None:
         self._interrupts.signal(address, data)
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from ..._os.event import Event
 from ...bus import Bus
-from ...errors import ConfigError, HostError, InternalError, SnapshotError, StateError
+from ...errors import ConfigError, HostError, SnapshotError, StateError
 from ...memory import MemoryRegion
 from ..base import Capabilities, PartitionConfig, Perm
 from . import cpuid, library
@@ -32,7 +32,9 @@ class SoftPartition:
     def __init__(self, config: PartitionConfig) -> None:
         if not 1 <= config.vcpus <= MAX_VCPUS:
             raise ConfigError("cpus", config.vcpus, f"the software CPU has 1 to {MAX_VCPUS} virtual processors")
-        self.caps = Capabilities(max_vcpus=MAX_VCPUS, doorbells=True, dirty_log=True, save=True, pio_latch=True)
+        self.caps = Capabilities(
+            max_vcpus=MAX_VCPUS, doorbells=True, dirty_log=True, save=True, pio_latch=True, host_writes=True
+        )
         self._shim = library.load()
         self._bus: Bus | None = None
         self.error: BaseException | None = None
@@ -97,11 +99,11 @@ class SoftPartition:
         """Remember where exits go. Every vCPU of a partition runs with the same bus."""
         self._bus = bus
 
-    def raise_callback_error(self) -> None:
-        """Raise what a bus handler raised, on the thread that called run()."""
+    def take_callback_error(self) -> BaseException | None:
+        """What a bus handler raised, for the first vCPU thread that asks; the others were only stopped with it."""
         error, self.error = self.error, None
         self._shim.mv_callback_failed(self._open(), 0)
-        raise error or InternalError("the software CPU stopped for a failed callback, and there is none")
+        return error
 
     def map(self, gpa: int, region: MemoryRegion, perms: int = Perm.RWX, track_dirty: bool = False) -> None:
         result = self._shim.mv_map(self._open(), gpa, region.hva, region.size, perms, int(track_dirty))
@@ -123,7 +125,6 @@ class SoftPartition:
         return bitmap.raw
 
     def host_wrote(self, gpa: int, size: int) -> None:
-        """The host changed guest memory: translated code goes. For `GuestMemory.observe`. Any thread."""
         if self.handle is not None:
             self._shim.mv_dma(self.handle, gpa, size)
 

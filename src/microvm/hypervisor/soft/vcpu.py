@@ -71,7 +71,10 @@ class SoftVcpu:
         if stop == _HALTED:
             return STOP_HALTED
         if stop == _CALLBACK:
-            self._partition.raise_callback_error()
+            error = self._partition.take_callback_error()
+            if error is not None:
+                raise error
+            return STOP_KICKED
         detail = self._shim.mv_vcpu_detail(self._handle, self.index).decode(errors="replace")
         return VcpuStop(StopReason.CRASHED, TRIPLE_FAULT if stop == _TRIPLE_FAULT else detail, self.get_registers())
 

@@ -156,6 +156,8 @@ static struct {
     void (*tlb_flush)(uint8_t *cpu);
     uint64_t (*ram_from_host)(uint8_t *uc, void *hva);
     uint64_t (*phys_page)(uint8_t *cpu, uint64_t gva, void *attrs);
+    void *(*find_mapping)(uint8_t *uc, uint64_t gpa);
+    void (*set_readonly)(void *mapping, int readonly);
     uint32_t (*lduw)(uint8_t *env, uint64_t gva, int mode, uintptr_t ra);
     void (*cpuid)(uint8_t *env, uint32_t leaf, uint32_t sub, uint32_t *, uint32_t *, uint32_t *, uint32_t *);
     void (*update_dr7)(uint8_t *env, uint32_t value);
@@ -220,6 +222,8 @@ int engine_load(const char *library, char *message, size_t size)
         {(void **)&lib.tlb_flush, "tlb_flush_x86_64"},
         {(void **)&lib.ram_from_host, "qemu_ram_addr_from_host_x86_64"},
         {(void **)&lib.phys_page, "x86_cpu_get_phys_page_attrs_debug_x86_64"},
+        {(void **)&lib.find_mapping, "find_memory_mapping_x86_64"},
+        {(void **)&lib.set_readonly, "memory_region_set_readonly_x86_64"},
         {(void **)&lib.lduw, "cpu_lduw_mmuidx_ra_x86_64"},
         {(void **)&lib.cpuid, "cpu_x86_cpuid_x86_64"},
         {(void **)&lib.update_dr7, "cpu_x86_update_dr7_x86_64"},
@@ -625,7 +629,7 @@ static void on_mmio_write(uint8_t *uc, uint64_t offset, unsigned size, uint64_t 
     partition_mmio_write(current, (uint64_t)(uintptr_t)base + offset, size, value);
 }
 
-/* A store to a read-only mapping goes to the bus; returning true makes the engine drop it. */
+/* A store to a read-only mapping goes to the bus; returning true lets the engine go on (and drop it). */
 static int on_write_protected(uint8_t *uc, int type, uint64_t gpa, int size, int64_t value, void *data)
 {
     (void)uc;
@@ -762,9 +766,12 @@ int engine_map(Partition *p, Region *r)
     if (error)
         return error;
     r->ram = lib.ram_from_host(p->uc, (void *)(uintptr_t)r->hva);
-    if (!(r->perms & 2)) /* bounded to the region: a wider hook would slow every store down */
+    if (!(r->perms & 2)) {
+        lib.set_readonly(lib.find_mapping(p->uc, r->gpa), 1); /* the engine then drops stores ... */
+        /* ... of which the hook tells; bounded to the region, as a wider one would slow every store down */
         lib.hook_add(p->uc, &r->hook, UC_HOOK_MEM_WRITE_PROT, (void *)on_write_protected, p, r->gpa,
                      r->gpa + r->size - 1);
+    }
     return 0;
 }
 
@@ -772,7 +779,12 @@ int engine_unmap(Partition *p, uint64_t gpa, uint64_t size, Region *r)
 {
     if (r && r->hook)
         lib.hook_del(p->uc, r->hook);
-    return lib.mem_unmap(p->uc, gpa, size);
+    /* With a processor in sight the library flushes page by page, which for a hole of 2**52 bytes never ends. */
+    PTR(p->uc, UC_CPU) = NULL;
+    int error = lib.mem_unmap(p->uc, gpa, size);
+    PTR(p->uc, UC_CPU) = p->cpu;
+    lib.tlb_flush(p->cpu);
+    return error;
 }
 
 int engine_map_hole(Partition *p, uint64_t gpa, uint64_t size)

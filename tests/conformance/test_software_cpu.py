@@ -1,0 +1,323 @@
+"""What the engine gets wrong by itself and the shim puts right (design: software CPU), each as a guest would meet it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from microvm.bus import Bus
+from microvm.errors import BackendUnavailable, ConfigError, SnapshotError
+from microvm.hypervisor.base import PartitionConfig, Perm, Registers, Segment, StopReason
+from microvm.memory import GuestMemory
+
+from .asm import Code
+from .machine import CODE, DATA, LAPIC, MMIO, PD, PORT_LOG, PORT_STOP, TSS, Machine
+
+
+@pytest.fixture
+def soft() -> object:
+    from microvm.hypervisor import select
+
+    try:
+        backend = select.load("soft")
+        backend.create_partition(PartitionConfig()).close()
+    except BackendUnavailable as error:
+        import os
+
+        if "soft" in os.environ.get("MICROVM_REQUIRE", "").split(","):
+            raise
+        pytest.skip(str(error))
+    return backend
+
+
+@pytest.fixture
+def machine(soft: object) -> Iterator[Machine]:
+    with Machine(soft) as machine:  # type: ignore[arg-type]
+        yield machine
+
+
+def stop(code: Code) -> Code:
+    return code.out(PORT_STOP, 4).hlt()
+
+
+FUNCTION = 0x20_0000
+ALIAS = 0x60_0000
+
+
+def _constant(value: int) -> bytes:
+    return Code(64).mov("eax", value).raw("c3").build()
+
+
+def test_code_written_through_an_alias_runs_new_not_stale(machine: Machine) -> None:
+    """One physical page at two addresses: written through the second, run through the first."""
+    code = Code(64, CODE).mov("rbx", FUNCTION).mov("rdi", ALIAS + 1).mov("ecx", 1000).raw("31 f6")  # xor esi, esi
+    code.label("again").raw("ff d3")  # call rbx
+    code.raw("01 c6")  # add esi, eax
+    code.inc("eax").store("rdi", "eax")  # the immediate of the function's mov
+    code.dec("ecx").j("nz", "again").move("eax", "esi")
+    registers = machine.long(stop(code))
+    machine.memory.write(PD + 8 * (ALIAS >> 21), (FUNCTION | 0x87).to_bytes(8, "little"))
+    machine.memory.write(FUNCTION, _constant(1))
+    assert machine.finish(registers) == sum(range(1, 1001))
+
+
+def test_code_the_host_wrote_runs_new_not_stale(machine: Machine) -> None:
+    code = Code(64, CODE).mov("rbx", FUNCTION).mov("ecx", 200).raw("31 f6")
+    code.label("again").raw("ff d3").raw("01 c6").out(PORT_LOG).dec("ecx").j("nz", "again").move("eax", "esi")
+    registers = machine.long(stop(code))
+    machine.memory.write(FUNCTION, _constant(1))
+    count = 1
+
+    def dma(offset: int, size: int, value: int) -> None:
+        nonlocal count
+        count += 1
+        machine.memory.write(FUNCTION, _constant(count))
+
+    machine.log.on_write = dma
+    assert machine.finish(registers) == sum(range(1, 201))
+
+
+def test_kicks_never_run_an_instruction_twice(machine: Machine) -> None:
+    """A read-modify-write counts its own executions against a register while another thread kicks."""
+    turns = 3_000_000
+    code = Code(64, CODE).mov("rdi", DATA).mov("ecx", turns).mov("eax", 1)
+    code.label("again").add_memory("rdi", "eax").dec("ecx").j("nz", "again").load("eax", "rdi")
+    machine.vcpu.set_registers(machine.long(stop(code)))
+    done = threading.Event()
+
+    def kick() -> None:
+        while not done.is_set():
+            machine.vcpu.kick()
+            time.sleep(0.0002)
+
+    thread = threading.Thread(target=kick)
+    thread.start()
+    kicks = 0
+    try:
+        while not machine.stops:
+            assert machine.go().reason == StopReason.KICKED
+            kicks += 1
+    finally:
+        done.set()
+        thread.join()
+    assert machine.stops == [turns]
+    assert kicks > 10
+
+
+def test_port_in_user_mode_without_permission_is_a_general_protection_fault(machine: Machine) -> None:
+    code = Code(64, CODE).raw("e4 80").raw("eb fe")  # in al, 0x80; jmp $
+    registers = machine.long(code, ring=3)
+    machine.memory.write(TSS + 0x66, (0x68).to_bytes(2, "little"))  # beyond the limit: no permission map
+    machine.go(registers)
+    assert machine.faults == [13]
+
+
+def test_port_in_user_mode_is_allowed_by_the_permission_map(machine: Machine) -> None:
+    code = Code(64, CODE).mov("eax", 7).out(PORT_STOP, 4).raw("eb fe")
+    registers = machine.long(code, ring=3)
+    machine.memory.write(TSS + 0x66, (0x68).to_bytes(2, "little"))
+    machine.memory.write(TSS + 0x68, bytes(0x70))
+    registers.tr.limit = 0xD7
+    machine.go(registers)
+    assert machine.stops == [7]
+    assert machine.faults == []
+
+
+def test_user_fault_with_a_broken_tss_ends_the_guest_not_the_process(machine: Machine) -> None:
+    registers = machine.long(Code(64, CODE).raw("0f 0b"), ring=3)  # ud2
+    registers.tr = Segment(0, 0, 0, 0)
+    stopped = machine.go(registers)
+    assert stopped.reason == StopReason.CRASHED
+
+
+def test_triple_fault_is_reported_as_such(machine: Machine) -> None:
+    registers = machine.long(Code(64, CODE).raw("0f 0b"))
+    registers.idtr.limit = 0
+    assert machine.go(registers).triple_fault
+
+
+def test_unknown_msr_is_a_general_protection_fault(machine: Machine) -> None:
+    machine.go(machine.long(Code(64, CODE).rdmsr(0x1234_5678).hlt()))
+    assert machine.faults == [13]
+
+
+def test_second_page_fault_is_not_a_double_fault(machine: Machine) -> None:
+    code = Code(64, CODE).mov("rbx", 0x1_0000_0000_00).mov("ecx", 5)
+    code.label("again").load("eax", "rbx").raw("90").dec("ecx").j("nz", "again").mov("eax", 1)
+    registers = machine.long(stop(code))
+    # The handler skips the two-byte load and counts on a port.
+    machine.handler(14, Code(64, 0x9000).mov("al", 0xEE).out(PORT_LOG).raw("48 83 c4 08 48 83 04 24 02").iretq())
+    assert machine.finish(registers) == 1
+    assert machine.log.values == [0xEE] * 5
+
+
+@pytest.mark.parametrize("mode", ["one shot", "periodic", "deadline"])
+def test_apic_timer_wakes_a_halted_guest(machine: Machine, mode: str) -> None:
+    lvt = {"one shot": 0x40, "periodic": 0x2_0040, "deadline": 0x4_0040}[mode]
+    code = Code(64, CODE).mov("rbx", LAPIC)
+    for offset, value in ((0xF0, 0x1FF), (0x3E0, 0xB), (0x320, lvt)):
+        code.mov("rbx", LAPIC + offset).mov("eax", value).store("rbx", "eax")
+    ticks = 3 if mode == "periodic" else 1
+    if mode == "deadline":
+        code.raw("0f 31")  # rdtsc
+        code.raw("05").raw((5_000_000).to_bytes(4, "little")).raw("83 d2 00")  # add eax, 5 ms; adc edx, 0
+        code.mov("ecx", 0x6E0).raw("0f 30")  # wrmsr
+    else:
+        code.mov("rbx", LAPIC + 0x380).mov("eax", 125_000).store("rbx", "eax")  # 5 ms at 25 MHz
+    code.mov("rsi", DATA)
+    code.label("sleep").sti().hlt().cli().load("eax", "rsi").cmp("eax", ticks).j("ne", "sleep")
+    registers = machine.long(stop(code))
+    handler = Code(64, 0x9000).raw("50 53 f0 ff 06")  # push rax; push rbx; lock inc dword [rsi]
+    handler.mov("rbx", LAPIC + 0xB0).mov("eax", 0).store("rbx", "eax").raw("5b 58").iretq()
+    machine.handler(0x40, handler)
+    before = machine.partition.time()
+    assert machine.finish(registers) == ticks
+    assert machine.partition.time() - before >= ticks * 5_000_000
+
+
+def test_paused_guest_time_stands_still(machine: Machine) -> None:
+    machine.partition.pause_time()
+    first = machine.partition.time()
+    time.sleep(0.02)
+    assert machine.partition.time() == first
+    machine.partition.resume_time()
+    assert 0 <= machine.partition.time() - first < 10_000_000
+
+
+def test_four_vcpus_increment_one_word_without_loss(soft: object) -> None:
+    """Started by INIT and SIPI, time-sliced on one engine; each adds with LOCK."""
+    turns = 200_000
+    with Machine(soft, vcpus=4) as machine:  # type: ignore[arg-type]
+        # Real mode at 0x4000 for the others: lock inc dword [0x500] so many times, then arrive.
+        other = Code(16, 0x4000).raw("31 c0 8e d8").raw("66 b9").raw(turns.to_bytes(4, "little"))
+        other.label("again").raw("f0 66 ff 06 00 05").raw("66 49").j("nz", "again")
+        other.raw("f0 66 ff 06 40 05").cli().hlt()
+        machine.memory.write(0x4000, other.build())
+        code = Code(64, CODE).mov("rbx", LAPIC + 0xF0).mov("eax", 0x1FF).store("rbx", "eax")
+        code.mov("rbx", LAPIC + 0x300)
+        for command in (0xC_4500, 0xC_4604):  # INIT, then SIPI to vector 4, to all but self
+            code.mov("eax", command).store("rbx", "eax")
+        code.mov("rdi", 0x500).mov("ecx", turns)
+        code.label("again").raw("f0 ff 07").dec("ecx").j("nz", "again")
+        code.mov("rdi", 0x540).label("wait").raw("f3 90").load("eax", "rdi").cmp("eax", 3).j("ne", "wait")
+        code.mov("rdi", 0x500).load("eax", "rdi")
+        machine.vcpu.set_registers(machine.long(stop(code)))
+        others = [threading.Thread(target=vcpu.run, args=(machine.bus,)) for vcpu in machine.vcpus[1:]]
+        for thread in others:
+            thread.start()
+        assert machine.finish() == 4 * turns
+        for vcpu in machine.vcpus[1:]:
+            vcpu.kick()
+        for thread in others:
+            thread.join()
+
+
+def test_writes_to_a_page_that_is_also_executed_are_logged_dirty(soft: object) -> None:
+    with Machine(soft, track_dirty=True) as machine:  # type: ignore[arg-type]
+        code = Code(64, CODE).mov("rbx", FUNCTION).mov("rdi", FUNCTION + 0x800).raw("ff d3").store("rdi", "eax")
+        registers = machine.long(stop(code.mov("eax", 1)))
+        machine.memory.write(FUNCTION, _constant(3))
+        machine.partition.dirty(0, machine.memory.size)
+        machine.finish(registers)
+        bitmap = machine.partition.dirty(0, machine.memory.size)
+        page = FUNCTION >> 12
+        assert bitmap[page >> 3] >> (page & 7) & 1
+
+
+def test_store_to_a_read_only_mapping_reaches_the_bus_and_changes_nothing(machine: Machine) -> None:
+    rom = GuestMemory.allocate(0x1000)
+    try:
+        rom.write(0, b"\x11\x22\x33\x44" * 16)
+        machine.partition.map(MMIO + 0x10_0000, rom.regions[0], Perm.READ | Perm.EXEC)
+        written: list[tuple[int, int, int]] = []
+
+        class Device:
+            def mmio_read(self, offset: int, size: int) -> int:
+                return 0
+
+            def mmio_write(self, offset: int, size: int, value: int) -> None:
+                written.append((offset, size, value))
+
+        machine.bus.map_mmio(MMIO + 0x10_0000, 0x1000, Device())
+        code = Code(64, CODE).mov("rbx", MMIO + 0x10_0000).mov("eax", 0xDEAD).store("rbx", "eax").load("eax", "rbx")
+        assert machine.finish(machine.long(stop(code))) == 0x4433_2211
+        assert written == [(0, 4, 0xDEAD)]
+        machine.partition.unmap(MMIO + 0x10_0000, 0x1000)
+    finally:
+        machine.partition.close()
+        rom.close()
+
+
+def test_saved_guest_goes_on_in_another_partition(soft: object) -> None:
+    code = Code(64, CODE).mov("ecx", 50)
+    code.label("again").move("eax", "ecx").out(PORT_LOG, 4).dec("ecx").j("nz", "again").mov("eax", 9)
+    with Machine(soft) as first, Machine(soft) as second:  # type: ignore[arg-type]
+        first.log.on_write = lambda offset, size, value: first.vcpu.kick() if value == 20 else None
+        assert first.go(first.long(stop(code))).reason == StopReason.KICKED
+        second.memory.write(0, first.memory.read(0, first.memory.size))
+        second.partition.restore(first.partition.save())
+        second.vcpu.restore(first.vcpu.save())
+        assert second.finish() == 9
+        assert first.log.values + second.log.values == list(range(50, 0, -1))
+
+
+def test_foreign_state_is_refused(machine: Machine) -> None:
+    with pytest.raises(SnapshotError):
+        machine.vcpu.restore(b"kvm-v1\0\0" + bytes(64))
+    with pytest.raises(SnapshotError):
+        machine.partition.restore(b"")
+
+
+def test_exception_in_a_bus_handler_comes_out_of_run_and_the_guest_can_go_on(machine: Machine) -> None:
+    code = Code(64, CODE).mov("al", 1).out(PORT_LOG).jmp("on").label("on").mov("eax", 2)
+    failures = [ZeroDivisionError()]
+
+    def fail(offset: int, size: int, value: int) -> None:
+        if failures:
+            raise failures.pop()
+
+    machine.log.on_write = fail
+    with pytest.raises(ZeroDivisionError):
+        machine.go(machine.long(stop(code)))
+    assert machine.finish() == 2
+
+
+def test_partition_beyond_its_processors_is_refused(soft: object) -> None:
+    with pytest.raises(ConfigError):
+        soft.create_partition(PartitionConfig(vcpus=0))  # type: ignore[attr-defined]
+    partition = soft.create_partition(PartitionConfig(vcpus=1))  # type: ignore[attr-defined]
+    try:
+        with pytest.raises(ConfigError):
+            partition.create_vcpu(1)
+    finally:
+        partition.close()
+
+
+def test_closing_frees_the_engine(soft: object) -> None:
+    """A hundred engines one after another: the process keeps neither their memory nor their threads."""
+
+    def resident() -> int:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * 4096
+
+    def once() -> None:
+        with Machine(soft) as machine:  # type: ignore[arg-type]
+            assert machine.finish(machine.long(stop(Code(64, CODE).mov("eax", 5)))) == 5
+
+    for _ in range(10):
+        once()
+    before, threads = resident(), threading.active_count()
+    for _ in range(100):
+        once()
+    assert threading.active_count() == threads
+    assert resident() - before < 16 << 20
+
+
+def test_real_mode_guest_without_interrupts_halts(machine: Machine) -> None:
+    registers = Registers(rip=0x1000, cs=Segment(0, 0, 0xFFFF, 0x9B))
+    machine.memory.write(0x1000, b"\xfa\xf4")
+    machine.vcpu.set_registers(registers)
+    assert machine.vcpu.run(Bus()).reason == StopReason.HALTED
