@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+import pytest
+
 from microvm.bus import Bus
 from microvm.hypervisor.base import (
     Hypervisor,
@@ -21,7 +23,7 @@ from microvm.hypervisor.base import (
 )
 from microvm.memory import GuestMemory
 
-from .asm import PORT_STOP, Code
+from .asm import LAPIC, PORT_STOP, Code
 
 MEMORY = 4 << 20
 PML4, PDPT, PD, DEVICE_PD, GDT, IDT, TSS, IST_STACK, STACK, STUBS = (
@@ -29,7 +31,6 @@ PML4, PDPT, PD, DEVICE_PD, GDT, IDT, TSS, IST_STACK, STACK, STUBS = (
 )  # fmt: skip
 CODE = 0x8000
 DATA = 0x20_0000
-LAPIC = 0xFEE0_0000
 
 PORT_LOG = 0x300  # 16 ports: writes are noted, reads answered from `Machine.answers`
 PORT_FAULT = 0x330  # exception stubs write the vector here
@@ -97,7 +98,7 @@ class _Stop:
 
     def pio_write(self, offset: int, size: int, value: int) -> None:
         self._machine.stops.append(value)
-        self._machine.running().kick()
+        self._machine.vcpu.kick()
 
 
 class _Fault:
@@ -110,7 +111,8 @@ class _Fault:
     def pio_write(self, offset: int, size: int, value: int) -> None:
         self._machine.faults.append(value)
         if value not in self._machine.expected_faults:
-            self._machine.running().kick()
+            for vcpu in self._machine.vcpus:
+                vcpu.kick()
 
 
 class Machine:
@@ -126,7 +128,6 @@ class Machine:
         self.stops: list[int] = []
         self.faults: list[int] = []
         self.expected_faults: frozenset[int] = frozenset()
-        self._by_thread: dict[int, Vcpu] = {}
         self.bus.map_pio(PORT_LOG, 16, self.log)
         self.bus.map_pio(PORT_STOP, 4, _Stop(self))
         self.bus.map_pio(PORT_FAULT, 4, _Fault(self))
@@ -144,10 +145,6 @@ class Machine:
     @property
     def vcpu(self) -> Vcpu:
         return self.vcpus[0]
-
-    def running(self) -> Vcpu:
-        """The vCPU whose thread asks; vCPU 0 where a backend serves its exit on another vCPU's thread."""
-        return self._by_thread.get(threading.get_ident(), self.vcpu)
 
     def __enter__(self) -> Machine:
         return self
@@ -241,7 +238,6 @@ class Machine:
         watchdog = threading.Timer(TIME_LIMIT_S, time_out)
         watchdog.daemon = True
         watchdog.start()
-        self._by_thread[threading.get_ident()] = vcpu
         try:
             stop = vcpu.run(self.bus)
         finally:
@@ -249,6 +245,17 @@ class Machine:
             watchdog.join()
         assert not late, f"the guest did not end; rip {vcpu.get_registers().rip:#x}"
         return stop
+
+    def spawn(self, index: int, registers: Registers | None = None) -> Running:
+        """Run a vCPU on a thread of its own."""
+        return Running(self, self.vcpus[index], registers)
+
+    def unless(self, condition: bool, reason: str) -> None:
+        """Where ``condition`` does not hold, this host withholds something: see `conftest.gap`."""
+        if not condition:
+            from .conftest import gap
+
+            gap(self.backend, reason)
 
     def resume(self) -> int:
         """Go on behind the last `Code.stop`."""
@@ -274,3 +281,31 @@ def skip_if_not_emulated(backend: Hypervisor, stop: VcpuStop) -> None:
         from .conftest import gap
 
         gap(backend, f"{stop.detail}")
+
+
+class Running:
+    """A vCPU on its own thread."""
+
+    def __init__(self, machine: Machine, vcpu: Vcpu, registers: Registers | None) -> None:
+        self.vcpu = vcpu
+        self.stop: VcpuStop | None = None
+        self.error: BaseException | None = None
+
+        def body() -> None:
+            try:
+                self.stop = machine.go(registers, vcpu)
+            except BaseException as error:
+                self.error = error
+
+        self._thread = threading.Thread(target=body, name=f"vcpu {vcpu.index}")
+        self._thread.start()
+
+    def join(self, kick: bool = False) -> VcpuStop:
+        """Wait for its stop, after a kick if asked."""
+        if kick:
+            self.vcpu.kick()
+        self._thread.join()
+        if self.error is not None:
+            raise self.error
+        assert self.stop is not None
+        return self.stop

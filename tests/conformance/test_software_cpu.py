@@ -191,14 +191,14 @@ def test_four_vcpus_increment_one_word_without_loss(soft: object) -> None:
     """Started by INIT and SIPI, time-sliced on one engine; each adds with LOCK."""
     turns = 200_000
     with Machine(soft, vcpus=4) as machine:  # type: ignore[arg-type]
-        # Real mode at 0x4000 for the others: lock inc dword [0x500] so many times, then arrive.
-        other = Code(16, 0x4000).raw("31 c0 8e d8").raw("66 b9").raw(turns.to_bytes(4, "little"))
+        # Real mode at 0xc000 for the others: lock inc dword [0x500] so many times, then arrive.
+        other = Code(16, 0xC000).raw("31 c0 8e d8").raw("66 b9").raw(turns.to_bytes(4, "little"))
         other.label("again").raw("f0 66 ff 06 00 05").raw("66 49").j("nz", "again")
         other.raw("f0 66 ff 06 40 05").cli().hlt()
-        machine.memory.write(0x4000, other.build())
+        machine.memory.write(0xC000, other.build())
         code = Code(64, CODE).mov("rbx", LAPIC + 0xF0).mov("eax", 0x1FF).store("rbx", "eax")
         code.mov("rbx", LAPIC + 0x300)
-        for command in (0xC_4500, 0xC_4604):  # INIT, then SIPI to vector 4, to all but self
+        for command in (0xC_4500, 0xC_460C):  # INIT, then SIPI to vector 12, to all but self
             code.mov("eax", command).store("rbx", "eax")
         code.mov("rdi", 0x500).mov("ecx", turns)
         code.label("again").raw("f0 ff 07").dec("ecx").j("nz", "again")

@@ -116,7 +116,7 @@ def _declare(shim: ctypes.CDLL) -> None:
         "mv_vcpu_save": (None, [p, i, p]),
         "mv_vcpu_restore": (None, [p, i, p]),
         "mv_callback_failed": (None, [p, i]),
-        "mv_flush_tlb": (None, [p]),
+        "mv_vcpu_registers_set": (None, [p, i]),
         "mv_counters": (p, [p]),
         "mv_env_get": (None, [p, p]),
         "mv_env_set": (None, [p, p]),

@@ -118,7 +118,7 @@ class SoftVcpu:
         words += [getattr(registers, name) & _MASK64 for name in _CONTROL]
         self._shim.mv_env_set(self._env(), (ctypes.c_uint64 * _FLAT_WORDS)(*words))
         self._shim.mv_vcpu_tpr(self._handle, self.index, 1, (registers.cr8 & 0xF) << 4)
-        self._shim.mv_flush_tlb(self._handle)
+        self._shim.mv_vcpu_registers_set(self._handle, self.index)
 
     def get_msr(self, index: int) -> int:
         value = ctypes.c_uint64()

@@ -149,6 +149,7 @@ static struct {
     void (*hardirq)(uint8_t *env, int vector, int is_hw);
     void (*raise_err_ra)(uint8_t *env, int vector, int code, uintptr_t ra) __attribute__((noreturn));
     void (*loop_exit)(uint8_t *cpu) __attribute__((noreturn));
+    void (*loop_exit_restore)(uint8_t *cpu, uintptr_t ra) __attribute__((noreturn));
     uint32_t (*cc_all)(uint8_t *env, int op);
     uint64_t (*page_addr_code)(uint8_t *env, uint64_t gva);
     void (*reset_dirty)(uint8_t *cpu, uint64_t hva, uint64_t size);
@@ -215,6 +216,7 @@ int engine_load(const char *library, char *message, size_t size)
         {(void **)&lib.hardirq, "do_interrupt_x86_hardirq_x86_64"},
         {(void **)&lib.raise_err_ra, "raise_exception_err_ra_x86_64"},
         {(void **)&lib.loop_exit, "cpu_loop_exit_x86_64"},
+        {(void **)&lib.loop_exit_restore, "cpu_loop_exit_restore_x86_64"},
         {(void **)&lib.cc_all, "cpu_cc_compute_all_x86_64"},
         {(void **)&lib.page_addr_code, "get_page_addr_code_x86_64"},
         {(void **)&lib.reset_dirty, "tlb_reset_dirty_x86_64"},
@@ -374,13 +376,23 @@ static void check_io(uint8_t *env, uint32_t port, uint32_t size, uintptr_t ra)
     lib.raise_err_ra(env, GP_FAULT, 0, ra);
 }
 
+/* Leave the instruction that `ra` is in unfinished. When it runs again, partition.c knows its access was done. */
+static void abandon(uintptr_t ra)
+{
+    U32(current->cpu, CPU_EXCEPTION_INDEX) = EXCP_INTERRUPT;
+    lib.loop_exit_restore(current->cpu, ra);
+}
+
 #define DEFINE_PORT_HELPERS(suffix, slot, bytes, type)                                                                \
     __attribute__((visibility("default"))) uint64_t helper_in##suffix##_x86_64(uint8_t *env, uint32_t port)           \
     {                                                                                                                 \
         if (!OURS(env))                                                                                               \
             return lib.old_in[slot](env, port);                                                                       \
         check_io(env, port & 0xFFFF, bytes, CALLER);                                                                  \
-        return (type)partition_pio_read(current, port & 0xFFFF, bytes);                                               \
+        type value = (type)partition_pio_read(current, port & 0xFFFF, bytes);                                         \
+        if (partition_callback_failed(current))                                                                       \
+            abandon(CALLER);                                                                                          \
+        return value;                                                                                                 \
     }                                                                                                                 \
     __attribute__((visibility("default"))) void helper_out##suffix##_x86_64(uint8_t *env, uint32_t port,              \
                                                                               uint32_t value)                         \
@@ -391,6 +403,8 @@ static void check_io(uint8_t *env, uint32_t port, uint32_t size, uintptr_t ra)
         }                                                                                                             \
         check_io(env, port & 0xFFFF, bytes, CALLER);                                                                  \
         partition_pio_write(current, port & 0xFFFF, bytes, (type)value);                                              \
+        if (partition_callback_failed(current))                                                                       \
+            abandon(CALLER);                                                                                          \
     }
 
 DEFINE_PORT_HELPERS(b, 0, 1, uint8_t)
@@ -889,7 +903,7 @@ int64_t engine_translate(Partition *p, uint64_t gva)
     return page == ~0ull ? -1 : (int64_t)(page | (gva & (MV_PAGE - 1)));
 }
 
-/* The translation-time flags the library derives from the rest; as its own x86_update_hflags computes them. */
+/* The translation-time flags the library keeps beside the rest; it takes TF, IOPL and VM from EFLAGS each time. */
 static void update_hflags(uint8_t *env)
 {
     uint32_t old = U32(env, ENV_HFLAGS) & (HF_INHIBIT_IRQ);
@@ -898,7 +912,6 @@ static void update_hflags(uint8_t *env)
     uint32_t flags = old | ((ss >> 13) & HF_CPL);
     flags |= (cr0 & 1) << 7;                     /* PE */
     flags |= (uint32_t)(cr0 << 8) & 0xE00;       /* MP, EM, TS */
-    flags |= (uint32_t)eflags & 0x23100;         /* TF, IOPL, VM */
     if (cr4 & 0x200)
         flags |= HF_OSFXSR;
     if (cr4 & 0x200000)

@@ -624,6 +624,8 @@ int mv_vcpu_run(Partition *p, int index)
     int stop = v->stop;
     v->stop = STOP_NONE;
     STORE(v->entered, 0);
+    if (p->closing)
+        pthread_cond_broadcast(&p->role_cond);
     pthread_mutex_unlock(&p->lock);
     return stop;
 }
@@ -646,6 +648,27 @@ void mv_callback_failed(Partition *p, int failed)
 
 /* ---- I/O from the engine ---- */
 
+int partition_callback_failed(const Partition *p) { return LOAD(p->callback_failed); }
+
+/* The handler raised: its access was made, but the instruction is to run again and must not make it twice. */
+static void keep_unretired(Partition *p, int kind, uint32_t port, uint32_t size, uint64_t value)
+{
+    p->unretired.kind = kind;
+    p->unretired.vcpu = p->loaded->index;
+    p->unretired.port = port;
+    p->unretired.size = size;
+    p->unretired.value = value;
+}
+
+static int was_done(Partition *p, int kind, uint32_t port, uint32_t size)
+{
+    if (p->unretired.kind != kind || p->unretired.vcpu != p->loaded->index || p->unretired.port != port ||
+        p->unretired.size != size)
+        return 0;
+    p->unretired.kind = 0;
+    return 1;
+}
+
 uint64_t partition_pio_read(Partition *p, uint32_t port, uint32_t size)
 {
     if (size == 1)
@@ -654,14 +677,23 @@ uint64_t partition_pio_read(Partition *p, uint32_t port, uint32_t size)
                 p->counters.latched++;
                 return LOAD(p->latches[i].value);
             }
+    if (was_done(p, UNRETIRED_READ, port, size))
+        return p->unretired.value;
     p->counters.pio++;
-    return p->callbacks.pio_read(port, size);
+    uint64_t value = p->callbacks.pio_read(port, size);
+    if (LOAD(p->callback_failed))
+        keep_unretired(p, UNRETIRED_READ, port, size, value);
+    return value;
 }
 
 void partition_pio_write(Partition *p, uint32_t port, uint32_t size, uint32_t value)
 {
+    if (was_done(p, UNRETIRED_WRITE, port, size))
+        return;
     p->counters.pio++;
     p->callbacks.pio_write(port, size, value);
+    if (LOAD(p->callback_failed))
+        keep_unretired(p, UNRETIRED_WRITE, port, size, value);
 }
 
 /* Answer one-byte reads of a port; a negative value takes the answer back. Returns whether there was room. */
@@ -887,9 +919,21 @@ Partition *mv_partition_new(int vcpus, uint32_t code_buffer, const Callbacks *ca
     return p;
 }
 
-/* Idempotent on the Python side. No vCPU may be running. */
+/* Idempotent on the Python side. vCPUs should not be running; those that are, are stopped first. */
 void mv_partition_free(Partition *p)
 {
+    pthread_mutex_lock(&p->lock);
+    p->closing = 1;
+    for (int i = 0; i < p->vcpu_count; i++) {
+        while (LOAD(p->vcpus[i].entered)) {
+            STORE(p->vcpus[i].kicked, 1);
+            engine_request(p, REQUEST_KICK);
+            engine_poke(p);
+            pthread_cond_signal(&p->idle_cond);
+            pthread_cond_wait(&p->role_cond, &p->lock);
+        }
+    }
+    pthread_mutex_unlock(&p->lock);
     if (p->ticker_alive) {
         pthread_mutex_lock(&p->ticker_lock);
         p->ticker_quit = 1;
@@ -928,7 +972,15 @@ uint8_t *mv_vcpu_env(Partition *p, int index)
     return p->env;
 }
 
-void mv_flush_tlb(Partition *p) { engine_flush_tlb(p); }
+/* New registers end a HLT. A vCPU that waits for its SIPI keeps waiting. */
+void mv_vcpu_registers_set(Partition *p, int index)
+{
+    engine_flush_tlb(p);
+    if (p->unretired.vcpu == index)
+        p->unretired.kind = UNRETIRED_NONE;
+    if (p->vcpus[index].run_state == RUN_HALTED)
+        p->vcpus[index].run_state = RUN_RUNNABLE;
+}
 
 int mv_vcpu_msr(Partition *p, int index, uint32_t msr, uint64_t *value, int set)
 {

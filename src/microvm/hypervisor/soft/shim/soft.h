@@ -29,6 +29,8 @@
 /* Stop reasons, as hypervisor/soft/vcpu.py knows them. */
 enum { STOP_NONE, STOP_KICKED, STOP_HALTED, STOP_TRIPLE_FAULT, STOP_ENGINE, STOP_ABORT, STOP_CALLBACK };
 
+enum { UNRETIRED_NONE, UNRETIRED_READ, UNRETIRED_WRITE };
+
 enum { RUN_WAIT_SIPI, RUN_RUNNABLE, RUN_HALTED };
 
 typedef uint64_t (*mv_pio_read)(uint32_t port, uint32_t size);
@@ -118,6 +120,12 @@ typedef struct Partition {
     int running;    /* atomic: guest code is being executed */
     int callback_failed; /* atomic: a Python callback raised; its exception waits on the Python side */
     int yield_wanted;
+    int closing;
+    struct { /* an access whose handler raised: done, but its instruction has not retired */
+        int kind, vcpu;
+        uint32_t port, size;
+        uint64_t value;
+    } unretired;
     int64_t slice_end; /* guest time, APIC_NEVER when only one vCPU wants to run */
     int64_t next_due;  /* earliest APIC timer */
     int64_t clock_offset; /* guest time = host monotonic + this */
@@ -169,6 +177,7 @@ uint64_t engine_rip(const uint8_t *env);
 void partition_service(Partition *p);
 int partition_take_nmi(Partition *p);
 int partition_take_vector(Partition *p);
+int partition_callback_failed(const Partition *p);
 uint64_t partition_tsc(Partition *p, const Vcpu *v);
 uint64_t partition_pio_read(Partition *p, uint32_t port, uint32_t size);
 void partition_pio_write(Partition *p, uint32_t port, uint32_t size, uint32_t value);
