@@ -246,6 +246,19 @@ def test_second_vcpu_starts_where_the_sipi_says(make_machine: Callable[..., Mach
     assert machine.log.writes == [(2, 1, 0x22), (4, 2, 0xC00)]
 
 
+def test_a_sipi_sent_before_the_second_vcpu_runs_is_not_lost(make_machine: Callable[..., Machine]) -> None:
+    machine = make_machine(vcpus=2)
+    second = Code(16, 0xC000).mov("al", 0x22).out(PORT_LOG + 2).label("end").cli().hlt().jmp("end")
+    machine.memory.write(0xC000, second.build())
+    machine.finish(machine.long(start_ap(enabled(), 0xC).mov("al", 1).stop()))
+    ap = machine.spawn(1)
+    deadline = time.monotonic() + 5
+    while not machine.log.writes and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ap.join(kick=True)
+    assert machine.log.writes == [(2, 1, 0x22)]
+
+
 def test_waiting_for_a_sipi_ends_with_a_kick(make_machine: Callable[..., Machine]) -> None:
     machine = make_machine(vcpus=2)
     ap = machine.spawn(1)
