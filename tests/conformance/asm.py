@@ -56,7 +56,7 @@ class Code:
 
     def _prefix(self, size: int, *registers: int) -> None:
         """Operand size and REX for an instruction whose ModRM (reg, rm) or opcode register are given."""
-        if size == 2 and self.bits != 16 or size == 4 and self.bits == 16:
+        if (size == 2 and self.bits != 16) or (size == 4 and self.bits == 16):
             self.data.append(0x66)
         rex = 0x48 if size == 8 else 0x40
         extension = (4, 1) if len(registers) == 2 else (1,)
