@@ -778,6 +778,11 @@ void partition_mmio_write(Partition *p, uint64_t gpa, uint32_t size, uint64_t va
 /* Not while a vCPU runs. Returns whether there was room. */
 int mv_doorbell(Partition *p, uint64_t gpa, uint32_t size, uint64_t value, int fd)
 {
+    for (int i = 0; i < p->doorbell_count; i++)
+        if (p->doorbells[i].gpa == gpa && p->doorbells[i].size == size && p->doorbells[i].value == value) {
+            p->doorbells[i].fd = fd;
+            return 1;
+        }
     if (p->doorbell_count == MV_MAX_DOORBELLS)
         return 0;
     p->doorbells[p->doorbell_count++] = (Doorbell){gpa, value, size, fd};
@@ -877,10 +882,32 @@ int partition_msr_write(Partition *p, uint32_t index, uint64_t value)
 
 int mv_load_library(const char *path, char *message, size_t size) { return engine_load(path, message, size); }
 
+static void ticker_stop(Partition *p)
+{
+    if (!p->ticker_alive)
+        return;
+    pthread_mutex_lock(&p->ticker_lock);
+    p->ticker_quit = 1;
+    pthread_cond_signal(&p->ticker_cond);
+    pthread_mutex_unlock(&p->ticker_lock);
+    pthread_join(p->ticker, NULL);
+    p->ticker_alive = 0;
+}
+
+static void conditions_init(Partition *p)
+{
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&p->idle_cond, &monotonic);
+    pthread_cond_init(&p->role_cond, NULL);
+    pthread_cond_init(&p->ticker_cond, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+}
+
 Partition *mv_partition_new(int vcpus, uint32_t code_buffer, const Callbacks *callbacks, char *message, size_t size)
 {
     Partition *p;
-    pthread_condattr_t monotonic;
     if (vcpus < 1 || vcpus > MV_MAX_VCPUS || posix_memalign((void **)&p, 64, sizeof *p)) {
         snprintf(message, size, "out of memory");
         return NULL;
@@ -893,15 +920,10 @@ Partition *mv_partition_new(int vcpus, uint32_t code_buffer, const Callbacks *ca
         free(p);
         return NULL;
     }
-    pthread_condattr_init(&monotonic);
-    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_mutex_init(&p->lock, NULL);
     pthread_mutex_init(&p->ticker_lock, NULL);
     pthread_mutex_init(&p->dma_lock, NULL);
-    pthread_cond_init(&p->idle_cond, &monotonic);
-    pthread_cond_init(&p->role_cond, NULL);
-    pthread_cond_init(&p->ticker_cond, &monotonic);
-    pthread_condattr_destroy(&monotonic);
+    conditions_init(p);
     p->clock_offset = -host_now();
     p->slice_end = p->next_due = APIC_NEVER;
     for (int i = 0; i < MV_MAX_LATCHES; i++)
@@ -936,24 +958,31 @@ void mv_partition_free(Partition *p)
         }
     }
     pthread_mutex_unlock(&p->lock);
-    if (p->ticker_alive) {
-        pthread_mutex_lock(&p->ticker_lock);
-        p->ticker_quit = 1;
-        pthread_cond_signal(&p->ticker_cond);
-        pthread_mutex_unlock(&p->ticker_lock);
-        pthread_join(p->ticker, NULL);
-    }
+    ticker_stop(p);
     engine_close(p);
     for (int i = 0; i < p->region_count; i++)
         free(p->regions[i].dirty);
     free(p);
 }
 
-/* After fork in the child: the ticker did not come along. */
+/* The ticker would not come along; while no vCPU runs it has nothing to do. The next mv_vcpu_run() makes a new one. */
+void mv_before_fork(Partition *p)
+{
+    pthread_mutex_lock(&p->lock);
+    int running = 0;
+    for (int i = 0; i < p->vcpu_count; i++)
+        running |= LOAD(p->vcpus[i].entered);
+    pthread_mutex_unlock(&p->lock);
+    if (!running)
+        ticker_stop(p);
+}
+
+/* After fork in the child. Whoever waited on a condition was another thread, of the parent. */
 void mv_after_fork(Partition *p)
 {
     p->ticker_alive = 0;
     p->ticker_wake = APIC_NEVER;
+    conditions_init(p);
     pthread_mutex_init(&p->ticker_lock, NULL);
     pthread_mutex_init(&p->lock, NULL);
     pthread_mutex_init(&p->dma_lock, NULL);
