@@ -610,7 +610,9 @@ int mv_vcpu_run(Partition *p, int index)
     }
     ticker_start(p);
     STORE(v->entered, 1);
-    pthread_cond_signal(&p->idle_cond); /* the driver may now have one more vCPU to run */
+    engine_request(p, REQUEST_KICK); /* the driver may now have one more vCPU to run, asleep or running another */
+    engine_poke(p);
+    pthread_cond_signal(&p->idle_cond);
     while (!v->stop) {
         if (p->driving) {
             pthread_cond_wait(&p->role_cond, &p->lock);
