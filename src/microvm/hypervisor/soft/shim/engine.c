@@ -268,6 +268,12 @@ int engine_load(const char *library, char *message, size_t size)
             return -1;
         }
     }
+    const char *missing;
+    if (float_load(handle, &missing)) {
+        snprintf(message, size, "this build of the unicorn library does not export %s", missing);
+        dlclose(handle);
+        return -1;
+    }
     unsigned major = 0, minor = 0;
     if ((lib.version(&major, &minor) & 0xFFFFFF00u) != (UC_VERSION_EXPECTED & 0xFFFFFF00u)) {
         snprintf(message, size, "unicorn 2.1.4 is needed, this is %u.%u", major, minor);

@@ -173,6 +173,9 @@ int engine_interrupts_enabled(const uint8_t *env);
 int engine_same_address_space(const uint8_t *a, const uint8_t *b);
 uint64_t engine_rip(const uint8_t *env);
 
+/* float.c */
+int float_load(void *handle, const char **missing);
+
 /* partition.c, called from the engine's helpers on the running thread */
 void partition_service(Partition *p);
 int partition_take_nmi(Partition *p);
