@@ -14,7 +14,7 @@ from microvm.hypervisor.base import PartitionConfig, Perm, Registers, Segment, S
 from microvm.memory import GuestMemory
 
 from .asm import Code
-from .machine import CODE, DATA, LAPIC, MMIO, PD, PORT_LOG, PORT_STOP, TSS, Machine
+from .machine import CODE, DATA, MMIO, PD, PORT_LOG, PORT_STOP, TSS, Machine
 
 
 @pytest.fixture
@@ -43,6 +43,7 @@ def stop(code: Code) -> Code:
     return code.out(PORT_STOP, 4).hlt()
 
 
+LAPIC = 0xFEE0_0000
 FUNCTION = 0x20_0000
 ALIAS = 0x60_0000
 

@@ -208,9 +208,11 @@ int mv_map(Partition *p, uint64_t gpa, uint64_t hva, uint64_t size, uint32_t per
             return -1;
         p->tracking = 1;
     }
-    int error = engine_map(p, r);
+    r->code = calloc(1, size / MV_PAGE / 8 + 8);
+    int error = r->code ? engine_map(p, r) : -1;
     if (error) {
         free(r->dirty);
+        free(r->code);
         return error;
     }
     p->region_count++;
@@ -227,6 +229,7 @@ int mv_unmap(Partition *p, uint64_t gpa, uint64_t size)
         engine_forget_code(p, gpa, size);
         int error = engine_unmap(p, gpa, size, r);
         free(r->dirty);
+        free(r->code);
         *r = p->regions[--p->region_count];
         engine_flush_tlb(p);
         return error;
@@ -944,8 +947,10 @@ void mv_partition_free(Partition *p)
         pthread_join(p->ticker, NULL);
     }
     engine_close(p);
-    for (int i = 0; i < p->region_count; i++)
+    for (int i = 0; i < p->region_count; i++) {
         free(p->regions[i].dirty);
+        free(p->regions[i].code);
+    }
     free(p);
 }
 
