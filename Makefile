@@ -30,8 +30,8 @@ run: .stamps/python
 
 setup: .stamps/dev .stamps/kernel .stamps/image
 
-test: .stamps/dev .stamps/test-tools .stamps/image guest lint
-	@MICROVM_REQUIRE=soft MICROVM_REQUIRE_GUESTS=tuned,python,gcc $(PYTHON) -m pytest -q --durations=10
+test: .stamps/dev .stamps/test-tools .stamps/image .stamps/debian-kernels guest lint
+	@MICROVM_REQUIRE=soft MICROVM_REQUIRE_GUESTS=tuned,cloud,generic,python,gcc $(PYTHON) -m pytest -q --durations=10
 
 # The quick part of the tests, for every change.
 unit: .stamps/dev
@@ -104,6 +104,13 @@ NATIVE := $(wildcard setup.py src/microvm/agent/guest/*.[ch] src/microvm/hypervi
 .stamps/kernel: .stamps/python
 	@echo "==> a kernel"
 	@$(PYTHON) -c 'from microvm.images import kernels; kernels.default()' 2>/dev/null || $(MICROVM) kernel fetch cloud
+	@touch $@
+
+# The tests boot what Debian ships, too.
+.stamps/debian-kernels: .stamps/python
+	@echo "==> Debian's cloud and generic kernels"
+	@$(MICROVM) kernel fetch cloud
+	@$(MICROVM) kernel fetch generic
 	@touch $@
 
 .stamps/image: .stamps/python
