@@ -148,7 +148,6 @@ static struct {
     void (*loop_exit)(uint8_t *cpu) __attribute__((noreturn));
     void (*loop_exit_restore)(uint8_t *cpu, uintptr_t ra) __attribute__((noreturn));
     uint32_t (*cc_all)(uint8_t *env, int op);
-    void (*forget)(uint8_t *uc, uint64_t start, uint64_t end);
     void (*tlb_flush)(uint8_t *cpu);
     uint64_t (*ram_from_host)(uint8_t *uc, void *hva);
     uint64_t (*phys_page)(uint8_t *cpu, uint64_t gva, void *attrs);
@@ -210,7 +209,6 @@ int engine_load(const char *library, char *message, size_t size)
         {(void **)&lib.loop_exit, "cpu_loop_exit_x86_64"},
         {(void **)&lib.loop_exit_restore, "cpu_loop_exit_restore_x86_64"},
         {(void **)&lib.cc_all, "cpu_cc_compute_all_x86_64"},
-        {(void **)&lib.forget, "tb_invalidate_phys_range_x86_64"},
         {(void **)&lib.tlb_flush, "tlb_flush_x86_64"},
         {(void **)&lib.ram_from_host, "qemu_ram_addr_from_host_x86_64"},
         {(void **)&lib.phys_page, "x86_cpu_get_phys_page_attrs_debug_x86_64"},
@@ -684,13 +682,6 @@ void engine_poke(Partition *p)
 }
 
 void engine_flush_tlb(Partition *p) { lib.tlb_flush(p->cpu); }
-
-void engine_forget_code(Partition *p, uint64_t gpa, uint64_t size)
-{
-    Region *r = partition_region(p, gpa, size);
-    if (r)
-        lib.forget(p->uc, r->ram + gpa - r->gpa, r->ram + gpa - r->gpa + size);
-}
 
 int engine_map(Partition *p, Region *r)
 {

@@ -226,7 +226,7 @@ int mv_unmap(Partition *p, uint64_t gpa, uint64_t size)
         if (r->gpa != gpa || r->size != size)
             continue;
         unseal(p);
-        engine_forget_code(p, gpa, size);
+        tlb_forget_code(p, r, gpa, size);
         int error = engine_unmap(p, gpa, size, r);
         free(r->dirty);
         free(r->code);
@@ -284,11 +284,11 @@ static void drain_dma(Partition *p)
     for (int i = 0; i < p->dma_count; i++) {
         uint64_t gpa = p->dma[i].gpa, end = gpa + p->dma[i].size;
         for (int k = 0; k < p->region_count; k++) {
-            const Region *r = &p->regions[k];
+            Region *r = &p->regions[k];
             uint64_t from = gpa > r->gpa ? gpa : r->gpa;
             uint64_t to = end < r->gpa + r->size ? end : r->gpa + r->size;
             if (from < to)
-                engine_forget_code(p, from, to - from);
+                tlb_forget_code(p, r, from, to - from);
         }
     }
     STORE(p->dma_count, 0);

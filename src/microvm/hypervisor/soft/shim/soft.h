@@ -158,7 +158,6 @@ void engine_request(Partition *p, uint32_t bits);
 void engine_unrequest(Partition *p, uint32_t bits);
 void engine_poke(Partition *p);
 void engine_flush_tlb(Partition *p);
-void engine_forget_code(Partition *p, uint64_t gpa, uint64_t size);
 int engine_map(Partition *p, Region *region);
 int engine_unmap(Partition *p, uint64_t gpa, uint64_t size, Region *region);
 int engine_map_hole(Partition *p, uint64_t gpa, uint64_t size);
@@ -178,6 +177,7 @@ uint64_t engine_rip(const uint8_t *env);
 /* tlb.c */
 extern __thread Partition *current __attribute__((tls_model("initial-exec"))); /* the engine this thread runs */
 int tlb_load(void *handle, const char **missing);
+void tlb_forget_code(Partition *p, Region *r, uint64_t gpa, uint64_t size);
 
 /* float.c */
 int float_load(void *handle, const char **missing);

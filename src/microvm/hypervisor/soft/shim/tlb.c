@@ -95,6 +95,27 @@ static void mark_dirty(Region *r, uint64_t gpa)
     }
 }
 
+static void forget_page(Partition *p, Region *r, uint64_t page)
+{
+    old.forget(p->uc, r->ram + page * MV_PAGE, r->ram + page * MV_PAGE + MV_PAGE);
+    r->code[page >> 3] &= (uint8_t)~(1u << (page & 7));
+}
+
+/* Throw away what was translated from these pages of the region. On the driver's thread. */
+void tlb_forget_code(Partition *p, Region *r, uint64_t gpa, uint64_t size)
+{
+    uint64_t page = (gpa - r->gpa) / MV_PAGE, end = (gpa - r->gpa + size + MV_PAGE - 1) / MV_PAGE;
+    while (page < end) {
+        uint8_t eight = r->code[page >> 3];
+        if (!eight)
+            page = (page | 7) + 1;
+        else if (eight >> (page & 7) & 1)
+            forget_page(p, r, page++);
+        else
+            page++;
+    }
+}
+
 /* ---- code comes onto a page ---- */
 
 static void guard(Partition *p, uint64_t ram)
@@ -152,11 +173,8 @@ __attribute__((visibility("default"))) void tlb_set_dirty_x86_64(uint8_t *cpu, u
         uint64_t gpa = e->paddr & ~(MV_PAGE - 1);
         Region *r = partition_region(p, gpa, MV_PAGE);
         if (r) {
-            if (has_code(r, gpa)) {
-                uint64_t page = (gpa - r->gpa) / MV_PAGE;
-                old.forget(p->uc, r->ram + page * MV_PAGE, r->ram + page * MV_PAGE + MV_PAGE);
-                r->code[page >> 3] &= (uint8_t)~(1u << (page & 7));
-            }
+            if (has_code(r, gpa))
+                forget_page(p, r, (gpa - r->gpa) / MV_PAGE);
             mark_dirty(r, gpa);
         }
         e->write = gva;
