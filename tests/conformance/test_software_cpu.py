@@ -1,4 +1,4 @@
-"""What the engine gets wrong by itself and the shim puts right (design: software CPU), each as a guest would meet it."""
+"""What the engine gets wrong by itself and the shim puts right, each as a guest would meet it."""
 
 from __future__ import annotations
 
