@@ -150,7 +150,8 @@ def _event_device(events: Iterable[EventDevice]) -> bytes:
         "GED",
         aml.name("_HID", aml.string("ACPI0013")),
         aml.name("_UID", aml.integer(0)),
-        aml.name("_CRS", aml.resources(aml.interrupt(*gsis))),
+        # A descriptor for each: Linux looks at the first interrupt of a descriptor only (6.1, drivers/acpi/evged.c).
+        aml.name("_CRS", aml.resources(*(aml.interrupt(gsi) for gsi in gsis))),
         aml.method(
             "_EVT",
             1,

@@ -20,6 +20,7 @@ from ..devices.ioapic import IoApicState
 from ..devices.rtc import RtcState
 from ..devices.serial import SerialState
 from ..errors import ConfigError, HostError, SnapshotError, StateError
+from .._os.mapping import PAGE_SIZE
 from ..snapshot import codec, format, ranges
 from ..virtio.mmio import MmioState
 from .config import DiskConfig, MachineConfig
@@ -203,7 +204,7 @@ def save(
         note=note or {},
     )
     written = machine.memory.written_pages()
-    everything: ranges.Ranges = [(0, machine.memory.size // format.PAGE_SIZE)]
+    everything: ranges.Ranges = [(0, machine.memory.size // PAGE_SIZE)]
     parent: format.Parent | None = None
     if origin is None:
         pages = everything if written is None else written
