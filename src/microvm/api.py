@@ -130,6 +130,7 @@ class Sandbox:
         self._cold = cold or bool(extra)
         self._isolated = isolated
         self._frozen_clock = frozen_clock
+        self._given: tuple[MicroVM, Ready] | None = None
         self._lock = threading.Lock()
         self._machine: SandboxMachine | None = None
         self._client: AgentClient | None = None
@@ -333,9 +334,20 @@ class Sandbox:
 
         self._config.check_files()  # a wrong file name is answered before backends are probed
         config = template.decide(self._config)
+        if self._given is not None:
+            return _LocalMachine(config, (), given=self._given)
         if self._listeners or not self._isolated or not client.supported():
             return _LocalMachine(config, self._listeners, self._cold, self._frozen_clock)
         return client.cold_worker(config) if self._cold else client.worker(config, self._frozen_clock)
+
+    @property
+    def config(self) -> MachineConfig:
+        """What its machine is made of."""
+        return self._config
+
+    def take(self, vm: MicroVM, ready: Ready) -> None:
+        """Before `boot`: use this machine, which stands parked in a forked process, instead of making one."""
+        self._given = (vm, ready)
 
     def fork(self, count: int = 1) -> list[Sandbox | Exception]:
         """Copies of this sandbox as it is now: files, memory, running processes; each with an identity of its own.
@@ -422,12 +434,14 @@ class _LocalMachine:
         listeners: Sequence[Callable[[bytes], None]] = (),
         cold: bool = False,
         frozen_clock: bool = False,
+        given: tuple[MicroVM, Ready] | None = None,
     ) -> None:
         from .machine.machine import MicroVM
 
+        self._parked = given is not None
         self._ready: Ready | None = None
         self._frozen_clock = frozen_clock
-        warm = None if cold or listeners else _template(config)
+        warm = given or (None if cold or listeners else _template(config))
         if warm is None:
             self.vm = MicroVM(config)
         else:
@@ -444,7 +458,11 @@ class _LocalMachine:
             with self.vm.vsock.listen(PORT) as listener:
                 self.vm.start()
                 return listener.accept(timeout_s), None
-        self.vm.start()
+        if self._parked:
+            self.vm.forked()
+            self.vm.unpark()
+        else:
+            self.vm.start()
         sock = self.vm.vsock.connect(PORT, timeout_s)
         client = AgentClient(lambda: sock, timeout_s)
         client.renew(frozen_clock=self._frozen_clock)

@@ -40,6 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments in (["--version"], ["-V"]):
         return _print_version()
+    if arguments[:1] == ["run"] and argv is None:
+        from .fast import attempt
+
+        code = attempt(arguments)
+        if code is not None:
+            return code
     try:
         return _dispatch(arguments)
     except KeyboardInterrupt:

@@ -162,7 +162,7 @@ class WorkerMachine:
 
     def _collect(self, timeout_s: float) -> None:
         """Take in what the worker says within the time, at least one message. With the lock."""
-        if self._closed or self._lost:
+        if self._closed or self._lost or sys.platform == "win32":
             return
         poller = select.poll()
         poller.register(self._control, select.POLLIN)
@@ -257,7 +257,7 @@ class ZygoteProcess:
             self._process.wait()
 
 
-def _spawn(config: MachineConfig, sock: socket.socket, mode: str) -> Any:
+def _spawn(config: MachineConfig, sock: socket.socket, mode: str, module: str = "microvm.workers.zygote") -> Any:
     import subprocess
 
     if sys.platform != "linux":
@@ -269,7 +269,7 @@ def _spawn(config: MachineConfig, sock: socket.socket, mode: str) -> Any:
         root = str(Path(__file__).parents[2])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
         return subprocess.Popen(
-            [sys.executable, "-m", "microvm.workers.zygote", str(fd), str(sock.fileno()), mode],
+            [sys.executable, "-m", module, str(fd), str(sock.fileno()), mode],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=None if os.environ.get("MICROVM_DEBUG") == "1" else subprocess.DEVNULL,
@@ -328,6 +328,8 @@ if hasattr(os, "register_at_fork"):
 
 def runtime_directory() -> Path:
     """Where sockets of this user are: nobody else may enter."""
+    if sys.platform == "win32":
+        raise StateError("workers need Linux")
     base = os.environ.get("XDG_RUNTIME_DIR")
     path = Path(base) / "microvm" if base else Path(f"/tmp/microvm-{os.getuid()}")
     path.mkdir(mode=0o700, exist_ok=True)
@@ -337,19 +339,13 @@ def runtime_directory() -> Path:
     return path
 
 
-def resident(name: str) -> WorkerMachine | None:
-    """A worker of the resident zygote for the template ``name``, or None if none is up."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        sock.connect(str(runtime_directory() / f"{name}.sock"))
-    except OSError:
-        sock.close()
-        return None
-    return WorkerMachine(sock)
+def start_resident(config: MachineConfig, module: str) -> None:
+    """Start ``module`` as a resident zygote for this machine in the background, unless one is on its way.
 
-
-def start_resident(config: MachineConfig) -> None:
-    """Start a resident zygote for this machine in the background, unless one is up or on its way. Returns at once."""
+    Returns at once. The module's main hands its arguments to `zygote.main`.
+    """
+    if sys.platform != "linux":
+        return
     name = template.key(config)
     path = runtime_directory() / f"{name}.new"  # renamed when it is prepared
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
@@ -366,4 +362,4 @@ def start_resident(config: MachineConfig) -> None:
         except OSError:
             return  # another process was first
         listener.listen(64)
-        _spawn(config, listener, str(path))
+        _spawn(config, listener, str(path), module)

@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -43,11 +44,16 @@ WARM_UP_TIMEOUT_S: Final = 20.0
 _SETTLE_S: Final = 0.02  # for the guest to take notice of the connections that were closed
 
 
+Program = Callable[[socket.socket, MicroVM, Ready], None]
+"""What a resident zygote's workers run instead of `Worker`: gets the parked machine, and does not return."""
+
+
 class Zygote:
     """A parked machine to fork from, or only modules and engine (``vm`` None) for machines that cannot be forked."""
 
-    def __init__(self, config: MachineConfig) -> None:
+    def __init__(self, config: MachineConfig, program: Program | None = None) -> None:
         self.config = config
+        self.program = program
         self.name = template.key(config)
         self.vm: MicroVM | None = None
         self.ready: Ready | None = None
@@ -79,6 +85,8 @@ class Zygote:
 
     def fork(self, control: socket.socket, options: wire.Message, others: list[socket.socket]) -> int:
         """Make a worker that serves ``control``. Returns its process id. Raises OSError."""
+        if sys.platform == "win32":
+            raise OSError(0, "this system cannot fork")
         pid = os.fork()
         if pid:
             return pid
@@ -92,6 +100,8 @@ class Zygote:
 
     def _become(self, control: socket.socket, options: wire.Message) -> None:
         frozen = bool(options.get("frozen_clock"))
+        if self.program is not None and self.vm is not None and self.ready is not None:
+            self.program(control, self.vm, self.ready)
         if self.vm is not None and self.ready is not None:
             Worker(control, self.vm, self.ready).run(forked=True, frozen_clock=frozen)
         try:
@@ -117,6 +127,8 @@ def serve_child(zygote: Zygote, mother: socket.socket) -> None:
 def serve_resident(zygote: Zygote, listener: socket.socket, idle_s: float) -> None:
     """Fork for each connection of this user, until there was none for a while and no worker is left."""
     children: set[int] = set()
+    if sys.platform == "win32":
+        return
     while True:
         ready, _, _ = select.select([listener], [], [], idle_s)
         for pid in list(children):
@@ -157,13 +169,13 @@ def _peer_uid(sock: socket.socket) -> int:
     return int(struct.unpack("3i", credentials)[1])
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], program: Program | None = None) -> int:
     """The process. Returns its exit code."""
     config_fd, socket_fd, mode = int(arguments[0]), int(arguments[1]), arguments[2]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever owns us; the end of its socket is for us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with socket.socket(fileno=socket_fd) as sock:
-        if mode == "child":
+        if mode == "child" and sys.platform != "win32":
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         with open(config_fd, "rb") as file:
             file.seek(0)
@@ -172,7 +184,7 @@ def main(arguments: list[str]) -> int:
             die_with_parent()
             return _cold(config, sock)
         try:
-            zygote = Zygote(config)
+            zygote = Zygote(config, program)
             zygote.prepare()
         except Exception as error:  # noqa: BLE001 - told to whoever asks, where it is raised
             if mode == "child":
