@@ -118,9 +118,14 @@ class Sandbox:
         cold: bool = False,
         isolated: bool = True,
         frozen_clock: bool = False,
+        _given: tuple[MicroVM, Ready] | None = None,
     ) -> None:
         extra = [disk if isinstance(disk, DiskConfig) else DiskConfig(Path(disk)) for disk in disks]
-        self._config = _configure(image, kernel, memory_mib, cpus, backend, extra, cmdline)
+        # A machine that is given stands parked in this process, which was forked for it.
+        self._given = _given
+        self._config = (
+            _configure(image, kernel, memory_mib, cpus, backend, extra, cmdline) if _given is None else _given[0].config
+        )
         self._writable = any(not disk.read_only for disk in extra)
         self._env = dict(env or {})
         self._workdir = workdir
@@ -130,7 +135,6 @@ class Sandbox:
         self._cold = cold or bool(extra)
         self._isolated = isolated
         self._frozen_clock = frozen_clock
-        self._given: tuple[MicroVM, Ready] | None = None
         self._lock = threading.Lock()
         self._machine: SandboxMachine | None = None
         self._client: AgentClient | None = None
@@ -330,12 +334,12 @@ class Sandbox:
         return self._client
 
     def _make_machine(self) -> SandboxMachine:
+        if self._given is not None:
+            return _LocalMachine(self._config, (), given=self._given)
         from .workers import client, template
 
         self._config.check_files()  # a wrong file name is answered before backends are probed
         config = template.decide(self._config)
-        if self._given is not None:
-            return _LocalMachine(config, (), given=self._given)
         if self._listeners or not self._isolated or not client.supported():
             return _LocalMachine(config, self._listeners, self._cold, self._frozen_clock)
         return client.cold_worker(config) if self._cold else client.worker(config, self._frozen_clock)
@@ -344,10 +348,6 @@ class Sandbox:
     def config(self) -> MachineConfig:
         """What its machine is made of."""
         return self._config
-
-    def take(self, vm: MicroVM, ready: Ready) -> None:
-        """Before `boot`: use this machine, which stands parked in a forked process, instead of making one."""
-        self._given = (vm, ready)
 
     def fork(self, count: int = 1) -> list[Sandbox | Exception]:
         """Copies of this sandbox as it is now: files, memory, running processes; each with an identity of its own.

@@ -140,6 +140,11 @@ def _usage(sentence: str) -> Exception:
     return ConfigError("command line", "", sentence)
 
 
+def preload(name: str) -> None:
+    """Import what the subcommand ``name`` is parsed with, in a process that is going to be copied."""
+    _parser(name)
+
+
 def _parser(used: str | None) -> tuple[argparse.ArgumentParser, Any]:
     import argparse
 

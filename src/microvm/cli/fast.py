@@ -6,6 +6,7 @@ anything is in doubt, `attempt` returns None and the ordinary way is taken. Impo
 
 from __future__ import annotations
 
+import _socket
 import os
 import signal
 import sys
@@ -92,8 +93,6 @@ def attempt(arguments: list[str]) -> int | None:
     path = _noted_socket(options)
     if path is None:
         return None
-    import _socket
-
     try:
         sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         sock.connect(path)
@@ -120,9 +119,11 @@ def _noted_socket(options: tuple[str, ...]) -> str | None:
     return lines[1]
 
 
-def _session(sock, arguments):  # type: ignore[no-untyped-def]
+def _session(sock: _socket.socket, arguments: list[str]) -> int | None:
     import json
-    from _socket import SCM_RIGHTS, SOL_SOCKET
+
+    if sys.platform != "linux":
+        return None
 
     hello = {"arguments": arguments, "environment": dict(os.environ), "directory": os.getcwd()}
     data = json.dumps(hello).encode("utf-8", "surrogateescape")
@@ -144,7 +145,7 @@ def _session(sock, arguments):  # type: ignore[no-untyped-def]
     numbers = [getattr(signal, name) for name in FORWARDED]
     before = {number: signal.signal(number, forward) for number in numbers}
     try:
-        sock.sendmsg([data], [(SOL_SOCKET, SCM_RIGHTS, streams)])
+        sock.sendmsg([data], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, streams)])
         answer = sock.recv(65536)
     except OSError:
         answer = b""

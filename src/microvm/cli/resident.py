@@ -83,6 +83,15 @@ def serve(control: socket.socket, vm: MicroVM, ready: Ready) -> None:
         os._exit(code)
 
 
+def preload() -> None:
+    """Import what a worker will need, once for all of them."""
+    import importlib
+
+    for name in ("api", "agent.client", "agent.process", "cli.options", "cli.terminal", "workers.template"):
+        importlib.import_module(f"microvm.{name}")
+    dispatch.preload("run")
+
+
 def remember(sandbox: Sandbox, arguments: list[str]) -> None:
     """Write down which socket serves these options, and on what that depends, for `fast.py`."""
     from ..workers import client, template
@@ -106,4 +115,5 @@ def remember(sandbox: Sandbox, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    preload()
     sys.exit(zygote.main(sys.argv[1:], serve))

@@ -88,9 +88,8 @@ def run(args: argparse.Namespace) -> int:
         cold=args.cold,
         frozen_clock=args.frozen_clock,
         isolated=False,  # this process is nobody else's
+        _given=given,
     )
-    if given is not None:
-        sandbox.take(*given)
     if args.verbose:
         sandbox.on_console(lambda data: terminal.write_all(terminal.STDERR, data))
     try:
