@@ -9,8 +9,8 @@ file name; the table tells a page that became zero from one that is the parent's
 
 The authentication code covers header, description and table. They hold the digest of the memory, which is checked when
 the file is not as it was written (its modification time is in the header): reading all of it each time would cost what
-mapping it saves. A file is written under another name, made durable and renamed, so a name either holds a whole snapshot
-or what it held before.
+mapping it saves. A file is written under another name, made durable and renamed, so a name holds a whole snapshot, or
+what it held before.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     <cache>/templates/<key>.used    touched when it is used: what was not used longest goes first
     <cache>/templates/<key>.lock    held while it is made
 
-The key covers all that goes into a sandbox: kernel, agent, image, size, backend and version. A template whose parts have
-changed is never looked at again and goes when room is needed.
+The key covers all that goes into a sandbox: kernel, agent, image, size, backend and version. A template whose parts
+have changed is never looked at again and goes when room is needed.
 """
 
 from __future__ import annotations
