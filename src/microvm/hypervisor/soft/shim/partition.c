@@ -521,7 +521,9 @@ static void take_kicks(Partition *p)
     int any = 0;
     for (int i = 0; i < p->vcpu_count; i++) {
         Vcpu *v = &p->vcpus[i];
-        if (v->entered && !v->stop && LOAD(p->callback_failed))
+        if (v->entered && !v->stop && p->broken)
+            v->stop = STOP_ABORT;
+        else if (v->entered && !v->stop && LOAD(p->callback_failed))
             v->stop = STOP_CALLBACK;
         else if (v->entered && !v->stop && TAKE(v->kicked, 0))
             v->stop = STOP_KICKED;
@@ -559,17 +561,17 @@ static void execute(Partition *p)
     int error = engine_run(p);
     pthread_mutex_lock(&p->lock);
     STORE(p->running, 0);
-    if (v->stop)
-        return;
-    if (error) {
+    if (!v->stop && error) {
         char text[120];
         snprintf(text, sizeof text, "the software CPU cannot go on at %#llx (engine error %d)",
                  (unsigned long long)engine_rip(p->env), error);
         partition_crash(p, STOP_ENGINE, text);
-    } else if (engine_halted(p)) {
+    } else if (!v->stop && engine_halted(p)) {
         p->counters.hlt++;
         v->run_state = RUN_HALTED;
     }
+    if (v->stop)
+        mv_env_get(p->env, v->registers);
 }
 
 /* Until `self` has something to return. With p->lock held. */
@@ -633,6 +635,9 @@ int mv_vcpu_run(Partition *p, int index)
 }
 
 const char *mv_vcpu_detail(Partition *p, int index) { return p->vcpus[index].detail; }
+
+/* The registers of a vCPU that has crashed, while others may run. */
+const uint64_t *mv_vcpu_crashed(Partition *p, int index) { return p->vcpus[index].registers; }
 
 void mv_vcpu_kick(Partition *p, int index)
 {
@@ -877,10 +882,23 @@ int partition_msr_write(Partition *p, uint32_t index, uint64_t value)
 
 int mv_load_library(const char *path, char *message, size_t size) { return engine_load(path, message, size); }
 
+static void init_locks(Partition *p)
+{
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_mutex_init(&p->ticker_lock, NULL);
+    pthread_mutex_init(&p->dma_lock, NULL);
+    pthread_cond_init(&p->idle_cond, &monotonic);
+    pthread_cond_init(&p->role_cond, NULL);
+    pthread_cond_init(&p->ticker_cond, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+}
+
 Partition *mv_partition_new(int vcpus, uint32_t code_buffer, const Callbacks *callbacks, char *message, size_t size)
 {
     Partition *p;
-    pthread_condattr_t monotonic;
     if (vcpus < 1 || vcpus > MV_MAX_VCPUS || posix_memalign((void **)&p, 64, sizeof *p)) {
         snprintf(message, size, "out of memory");
         return NULL;
@@ -893,15 +911,7 @@ Partition *mv_partition_new(int vcpus, uint32_t code_buffer, const Callbacks *ca
         free(p);
         return NULL;
     }
-    pthread_condattr_init(&monotonic);
-    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    pthread_mutex_init(&p->lock, NULL);
-    pthread_mutex_init(&p->ticker_lock, NULL);
-    pthread_mutex_init(&p->dma_lock, NULL);
-    pthread_cond_init(&p->idle_cond, &monotonic);
-    pthread_cond_init(&p->role_cond, NULL);
-    pthread_cond_init(&p->ticker_cond, &monotonic);
-    pthread_condattr_destroy(&monotonic);
+    init_locks(p);
     p->clock_offset = -host_now();
     p->slice_end = p->next_due = APIC_NEVER;
     for (int i = 0; i < MV_MAX_LATCHES; i++)
@@ -954,9 +964,7 @@ void mv_after_fork(Partition *p)
 {
     p->ticker_alive = 0;
     p->ticker_wake = APIC_NEVER;
-    pthread_mutex_init(&p->ticker_lock, NULL);
-    pthread_mutex_init(&p->lock, NULL);
-    pthread_mutex_init(&p->dma_lock, NULL);
+    init_locks(p); /* conditions too: one that remembers the parent's waiters loses signals to them */
 }
 
 void mv_set_cpuid(Partition *p, const CpuidEntry *entries, int count)
