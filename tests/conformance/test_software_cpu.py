@@ -19,7 +19,7 @@ from microvm.hypervisor.base import PartitionConfig, Perm, Registers, Segment, S
 from microvm.memory import GuestMemory
 
 from .asm import Code
-from .machine import CODE, DATA, IDT, MMIO, PD, PORT_LOG, PORT_STOP, TSS, Machine
+from .machine import CODE, DATA, IDT, MEMORY, MMIO, PD, PORT_LOG, PORT_STOP, TSS, Machine
 
 
 @pytest.fixture
@@ -135,6 +135,7 @@ def test_user_fault_with_a_broken_tss_ends_the_guest_not_the_process(machine: Ma
     registers.tr = Segment(0, 0, 0, 0)
     stopped = machine.go(registers)
     assert stopped.reason == StopReason.CRASHED
+    assert "tss" in stopped.detail  # said where it was noticed: not by abort(), which is caught as well
 
 
 def test_triple_fault_is_reported_as_such(machine: Machine) -> None:
@@ -399,7 +400,8 @@ def test_vcpu_that_crashes_leaves_the_running_one_alone(soft: object) -> None:
 
 
 def test_page_tables_outside_memory_translate_to_nothing(machine: Machine) -> None:
-    registers = machine.long(Code(64, CODE).raw("eb fe"))
+    registers = machine.long(stop(Code(64, CODE).mov("eax", 1)))
+    machine.finish(registers)
     registers.cr3 = MMIO
     machine.vcpu.set_registers(registers)
     assert machine.vcpu.translate(0x1234) is None
@@ -429,3 +431,64 @@ def test_endless_exceptions_can_be_kicked(machine: Machine, what: str) -> None:
     begin = time.monotonic()
     assert running.join(kick=True).reason == StopReason.KICKED
     assert time.monotonic() - begin < 1
+
+
+@pytest.mark.parametrize(
+    ("msr", "value"),
+    [
+        pytest.param(0xC000_0080, 0x1D01, id="EFER.SVME"),
+        pytest.param(0xC000_0082, 0x8000_0000_0000, id="LSTAR not canonical"),
+        pytest.param(0xC000_0100, 0x8000_0000_0000, id="FS base not canonical"),
+        pytest.param(0x1B, 0xFED0_0900, id="APIC moved"),
+        pytest.param(0x1B, 0xFEE0_0000, id="APIC off"),
+        pytest.param(0x4B56_4D00, 0x1001, id="odd wall clock"),
+    ],
+)
+def test_msr_values_that_must_not_be_are_protection_faults(machine: Machine, msr: int, value: int) -> None:
+    code = Code(64, CODE).mov("ecx", msr).mov("eax", value & 0xFFFF_FFFF).mov("edx", value >> 32).raw("0f 30")
+    machine.go(machine.long(code.hlt()))
+    assert machine.faults == [13]
+
+
+@pytest.mark.parametrize("gpa", [MEMORY - 8, MEMORY, MMIO, 0xFEE0_0000, 1 << 51, (1 << 64) - 32])
+@pytest.mark.parametrize("msr", [0x4B56_4D00, 0x4B56_4D01])
+def test_clock_outside_memory_is_written_nowhere(machine: Machine, msr: int, gpa: int) -> None:
+    value = gpa | (msr & 1)
+    code = Code(64, CODE).mov("ecx", msr).mov("eax", value & 0xFFFF_FFFF).mov("edx", value >> 32).raw("0f 30")
+    registers = machine.long(stop(code.mov("eax", 1)))
+    before = machine.memory.read(DATA, MEMORY - DATA)
+    assert machine.finish(registers) == 1
+    assert machine.memory.read(DATA, MEMORY - DATA) == before
+    assert machine.window.writes == []
+
+
+def _timer(machine: Machine, lvt: int, initial: int, deadline: int | None = None) -> Registers:
+    """A guest that sleeps for ever and counts timer interrupts at DATA."""
+    code = Code(64, CODE)
+    for offset, value in ((0xF0, 0x1FF), (0x3E0, 0xB), (0x320, lvt), (0x380, initial)):
+        code.mov("rbx", LAPIC + offset).mov("eax", value).store("rbx", "eax")
+    if deadline is not None:
+        code.mov("ecx", 0x6E0).mov("eax", deadline & 0xFFFF_FFFF).mov("edx", deadline >> 32).raw("0f 30")
+    code.mov("rsi", DATA).label("sleep").sti().hlt().jmp("sleep")
+    registers = machine.long(code)
+    handler = Code(64, 0x9000).raw("50 53 ff 06").mov("rbx", LAPIC + 0xB0).mov("eax", 0).store("rbx", "eax")
+    machine.handler(0x40, handler.raw("5b 58").iretq())
+    return registers
+
+
+def _interrupts_in(machine: Machine, registers: Registers, seconds: float) -> int:
+    running = machine.spawn(0, registers)
+    time.sleep(seconds)
+    assert running.join(kick=True).reason == StopReason.KICKED
+    return machine.memory.load_u32(DATA)
+
+
+@pytest.mark.parametrize("deadline", [(1 << 64) - 1, 1 << 63, (1 << 63) + (1 << 62)])
+def test_deadline_in_the_far_future_never_comes(machine: Machine, deadline: int) -> None:
+    assert _interrupts_in(machine, _timer(machine, 0x4_0040, 0, deadline), 0.05) == 0
+
+
+def test_timer_of_a_nanosecond_does_not_drive_the_host(machine: Machine) -> None:
+    begin = machine.partition.time()
+    count = _interrupts_in(machine, _timer(machine, 0x2_0040, 1), 0.3)
+    assert 10 < count <= (machine.partition.time() - begin) / 20_000 + 2

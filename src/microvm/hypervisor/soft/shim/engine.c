@@ -614,7 +614,7 @@ static uint64_t on_mmio_read(uint8_t *uc, uint64_t offset, unsigned size, void *
 {
     (void)uc;
     if (!current)
-        return ~0ull; /* the host walks page tables that the guest has put outside memory */
+        return 0; /* the host walks page tables that the guest has put outside memory: nothing is mapped there */
     return partition_mmio_read(current, (uint64_t)(uintptr_t)base + offset, size);
 }
 
