@@ -45,7 +45,8 @@ for kind, where in (("proc", "/proc"), ("sysfs", "/sys"), ("tmpfs", "/tmp"), ("d
 fd = os.open("/dev/console", os.O_RDWR)
 for i in range(3):
     os.dup2(fd, i)
-os.environ.update(PATH="/bin", HOME="/tmp", MICROVM_CACHE="/cache", PYTHONPATH="/repo/src:/site", PYTHONDONTWRITEBYTECODE="1", **ENVIRONMENT)
+os.environ.update(PATH="/bin", HOME="/tmp", MICROVM_CACHE="/cache", PYTHONPATH="/repo/src:/site")
+os.environ.update(PYTHONDONTWRITEBYTECODE="1", **ENVIRONMENT)
 print("@@up", time.clock_gettime(time.CLOCK_BOOTTIME), flush=True)
 os.chdir("/repo")
 status = 255
