@@ -120,9 +120,8 @@ def main() -> int:
         print(json.dumps(results))
     else:
         for kind, row in results.items():
-            print(
-                f"{kind:9} C {row['c_per_second']:9,.0f}/s   ours {row['ours_per_second']:9,.0f}/s   x {row['ratio']:.2f}"
-            )
+            c, python, ratio = row["c_per_second"], row["ours_per_second"], row["ratio"]
+            print(f"{kind:9} C {c:9,.0f}/s   ours {python:9,.0f}/s   x {ratio:.2f}")
     return 0
 
 
