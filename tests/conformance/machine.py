@@ -8,8 +8,6 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-import pytest
-
 from microvm.bus import Bus
 from microvm.hypervisor.base import (
     Hypervisor,
@@ -23,7 +21,7 @@ from microvm.hypervisor.base import (
 )
 from microvm.memory import GuestMemory
 
-from .asm import LAPIC, PORT_STOP, Code
+from .asm import PORT_STOP, Code
 
 MEMORY = 4 << 20
 PML4, PDPT, PD, DEVICE_PD, GDT, IDT, TSS, IST_STACK, STACK, STUBS = (
@@ -294,7 +292,7 @@ class Running:
         def body() -> None:
             try:
                 self.stop = machine.go(registers, vcpu)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - raised again by join
                 self.error = error
 
         self._thread = threading.Thread(target=body, name=f"vcpu {vcpu.index}")

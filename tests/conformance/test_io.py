@@ -54,7 +54,7 @@ def test_rep_outs_writes_every_element_in_order(machine: Machine, mode: str, siz
     code = Code(MODES[mode]).mov("esi", source).mov("ecx", count).mov("dx", PORT_LOG + 8)
     code.raw("fc f3")  # cld; rep
     code.raw({1: "6e", 2: "6f" if mode == "real" else "", 4: "6f" if mode != "real" else ""}[size])
-    if size == 2 and mode != "real" or size == 4 and mode == "real":
+    if (size == 2 and mode != "real") or (size == 4 and mode == "real"):
         code.data[-1:] = b"\x66\xf3\x6f"  # the operand-size prefix goes before rep's opcode
     code.stop()
     machine.finish(load(machine, mode, code))
@@ -79,7 +79,7 @@ def test_rep_ins_fills_memory_in_order(machine: Machine, mode: str, size: int, c
 
     machine.log.answer = answer
     code = Code(MODES[mode]).mov("edi", target).mov("ecx", count).mov("dx", PORT_LOG + 8).raw("fc")
-    if size == 2 and mode != "real" or size == 4 and mode == "real":
+    if (size == 2 and mode != "real") or (size == 4 and mode == "real"):
         code.raw("66")
     code.raw("f3", "6c" if size == 1 else "6d")
     code.stop()
@@ -121,7 +121,7 @@ def test_mmio_write_arrives_whole(machine: Machine, mode: str, size: int) -> Non
     machine.finish(load(machine, mode, code))
     whole = [(0x18, size, PATTERN & (1 << 8 * size) - 1)]
     halves = [(0x18, 4, PATTERN & 0xFFFF_FFFF), (0x1C, 4, PATTERN >> 32)]  # how a 32-bit bus sees 8 bytes
-    assert machine.window.writes == whole or size == 8 and machine.window.writes == halves
+    assert machine.window.writes == whole or (size == 8 and machine.window.writes == halves)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
@@ -133,7 +133,7 @@ def test_mmio_read_changes_only_what_it_should(machine: Machine, size: int) -> N
     mask = (1 << 8 * size) - 1
     kept = 0 if size == 4 else 0x1111_1111_1111_1111 & ~mask
     assert machine.vcpu.get_registers().rcx == kept | PATTERN & mask
-    assert machine.window.reads == [(0x20, size)] or size == 8 and machine.window.reads == [(0x20, 4), (0x24, 4)]
+    assert machine.window.reads == [(0x20, size)] or (size == 8 and machine.window.reads == [(0x20, 4), (0x24, 4)])
 
 
 def test_mmio_read_modify_write_does_both(machine: Machine) -> None:
@@ -171,7 +171,9 @@ def test_mmio_access_across_a_page_boundary_loses_no_byte(machine: Machine) -> N
 
 
 def test_mmio_read_across_a_page_boundary_assembles_every_byte(machine: Machine) -> None:
-    machine.window.answer = lambda offset, size: int.from_bytes(bytes((offset + i) & 0xFF for i in range(size)), "little")
+    machine.window.answer = lambda offset, size: int.from_bytes(
+        bytes((offset + i) & 0xFF for i in range(size)), "little"
+    )
     code = Code().mov("rbx", MMIO + 0xFFB).load("rcx", "rbx").stop()
     machine.finish(machine.long(code))
     assert machine.vcpu.get_registers().rcx.to_bytes(8, "little") == bytes((0xFFB + i) & 0xFF for i in range(8))

@@ -18,9 +18,9 @@ from ...errors import ConfigError
 from . import abi
 from .api import Api
 
-ROUTED_GSIS: Final = 256  # numbers `route` may be given
+# KVM scans the first so many routes for level vectors. It keeps the number in eight bits without saying so.
 LEVEL_SLOTS: Final = 64  # level messages remembered; more than an I/O APIC has pins
-RESERVED_ROUTES: Final = ROUTED_GSIS + LEVEL_SLOTS  # KVM scans these for level vectors
+ROUTED_GSIS: Final = 256  # numbers `route` may be given; KVM is told them LEVEL_SLOTS higher
 MSI_LEVEL: Final = 1 << 15
 _FIXED: Final = 0
 _LOWEST_PRIORITY: Final = 1
@@ -56,7 +56,7 @@ class Interrupts:
         while len(self._level) >= LEVEL_SLOTS:
             del self._level[next(iter(self._level))]  # the oldest: a guest that reprograms without end
         used = set(self._level.values())
-        slot = next(i for i in range(ROUTED_GSIS, RESERVED_ROUTES) if i not in used)
+        slot = next(i for i in range(LEVEL_SLOTS) if i not in used)
         self._level[address, data] = slot
         self._write_routes()
 
@@ -67,7 +67,9 @@ class Interrupts:
         with self._lock:
             changed = self._routes.get(gsi) != (address, data)
             self._routes[gsi] = (address, data)
-            if changed:
+            if data & MSI_LEVEL and (address, data) not in self._level:
+                self._remember_level(address, data)
+            elif changed:
                 self._write_routes()
             event = self._events.get(gsi)
             if event is None:
@@ -81,7 +83,8 @@ class Interrupts:
             return event
 
     def _write_routes(self) -> None:
-        entries = list(self._routes.items()) + [(slot, message) for message, slot in self._level.items()]
+        entries = [(LEVEL_SLOTS + gsi, message) for gsi, message in self._routes.items()]
+        entries += [(slot, message) for message, slot in self._level.items()]
         header = abi.kvm_irq_routing(nr=len(entries))
         packed = bytes(header) + b"".join(
             bytes(
@@ -98,7 +101,7 @@ class Interrupts:
         self._api.ioctl(self._vm_fd, abi.KVM_SET_GSI_ROUTING, ctypes.create_string_buffer(packed, len(packed)))
 
     def _irqfd(self, event: Event, gsi: int, flags: int) -> None:
-        self._api.ioctl(self._vm_fd, abi.KVM_IRQFD, abi.kvm_irqfd(fd=event.fd, gsi=gsi, flags=flags))
+        self._api.ioctl(self._vm_fd, abi.KVM_IRQFD, abi.kvm_irqfd(fd=event.fd, gsi=LEVEL_SLOTS + gsi, flags=flags))
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -116,8 +119,6 @@ class Interrupts:
         """Close the events. The descriptors of the partition must still be open."""
         with self._lock:
             for gsi, event in self._events.items():
-                self._api.try_ioctl(
-                    self._vm_fd, abi.KVM_IRQFD, abi.kvm_irqfd(fd=event.fd, gsi=gsi, flags=abi.KVM_IRQFD_FLAG_DEASSIGN)
-                )
+                self._irqfd(event, gsi, abi.KVM_IRQFD_FLAG_DEASSIGN)
                 event.close()
             self._events.clear()

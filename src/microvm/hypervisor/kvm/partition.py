@@ -21,7 +21,7 @@ from . import abi, state
 from .api import Api
 from .clock import Clock
 from .cpuid import Leaf, machine_cpuid
-from .interrupts import RESERVED_ROUTES, Interrupts
+from .interrupts import LEVEL_SLOTS, Interrupts
 from .vcpu import KvmVcpu
 
 # Guest-physical pages KVM needs for itself on Intel, in the hole below 4 GiB (boot/layout.py: KVM_TSS and
@@ -81,7 +81,7 @@ class KvmPartition:
         if api.has(kvm, abi.KVM_CAP_SET_TSS_ADDR):
             api.ioctl(self.vm_fd, abi.KVM_SET_TSS_ADDR, TSS_GPA)
         split = abi.kvm_enable_cap(cap=abi.KVM_CAP_SPLIT_IRQCHIP)
-        split.args[0] = RESERVED_ROUTES
+        split.args[0] = LEVEL_SLOTS
         api.ioctl(self.vm_fd, abi.KVM_ENABLE_CAP, split)
         self.run_size = api.ioctl(kvm, abi.KVM_GET_VCPU_MMAP_SIZE)
         self.xsave_size = max(4096, api.has(self.vm_fd, abi.KVM_CAP_XSAVE2))

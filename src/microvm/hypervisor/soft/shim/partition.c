@@ -608,7 +608,9 @@ int mv_vcpu_run(Partition *p, int index)
     }
     ticker_start(p);
     STORE(v->entered, 1);
-    pthread_cond_signal(&p->idle_cond); /* the driver may now have one more vCPU to run */
+    engine_request(p, REQUEST_KICK); /* the driver may now have one more vCPU to run, asleep or running another */
+    engine_poke(p);
+    pthread_cond_signal(&p->idle_cond);
     while (!v->stop) {
         if (p->driving) {
             pthread_cond_wait(&p->role_cond, &p->lock);
@@ -873,10 +875,23 @@ int partition_msr_write(Partition *p, uint32_t index, uint64_t value)
 
 int mv_load_library(const char *path, char *message, size_t size) { return engine_load(path, message, size); }
 
+static void make_locks(Partition *p)
+{
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_mutex_init(&p->ticker_lock, NULL);
+    pthread_mutex_init(&p->dma_lock, NULL);
+    pthread_cond_init(&p->idle_cond, &monotonic);
+    pthread_cond_init(&p->role_cond, NULL);
+    pthread_cond_init(&p->ticker_cond, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+}
+
 Partition *mv_partition_new(int vcpus, uint32_t code_buffer, const Callbacks *callbacks, char *message, size_t size)
 {
     Partition *p;
-    pthread_condattr_t monotonic;
     if (vcpus < 1 || vcpus > MV_MAX_VCPUS || posix_memalign((void **)&p, 64, sizeof *p)) {
         snprintf(message, size, "out of memory");
         return NULL;
@@ -889,15 +904,7 @@ Partition *mv_partition_new(int vcpus, uint32_t code_buffer, const Callbacks *ca
         free(p);
         return NULL;
     }
-    pthread_condattr_init(&monotonic);
-    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    pthread_mutex_init(&p->lock, NULL);
-    pthread_mutex_init(&p->ticker_lock, NULL);
-    pthread_mutex_init(&p->dma_lock, NULL);
-    pthread_cond_init(&p->idle_cond, &monotonic);
-    pthread_cond_init(&p->role_cond, NULL);
-    pthread_cond_init(&p->ticker_cond, &monotonic);
-    pthread_condattr_destroy(&monotonic);
+    make_locks(p);
     p->clock_offset = -host_now();
     p->slice_end = p->next_due = APIC_NEVER;
     for (int i = 0; i < MV_MAX_LATCHES; i++)
@@ -945,14 +952,16 @@ void mv_partition_free(Partition *p)
     free(p);
 }
 
-/* After fork in the child: the ticker did not come along. */
+/* After fork, in the child: none of our threads came along, whatever they were doing. The child may restore and run the
+ * partition if it had not run, or close it. */
 void mv_after_fork(Partition *p)
 {
     p->ticker_alive = 0;
     p->ticker_wake = APIC_NEVER;
-    pthread_mutex_init(&p->ticker_lock, NULL);
-    pthread_mutex_init(&p->lock, NULL);
-    pthread_mutex_init(&p->dma_lock, NULL);
+    p->driving = p->running = p->idle = 0;
+    for (int i = 0; i < p->vcpu_count; i++)
+        p->vcpus[i].entered = p->vcpus[i].stop = 0;
+    make_locks(p);
 }
 
 void mv_set_cpuid(Partition *p, const CpuidEntry *entries, int count)
