@@ -187,6 +187,13 @@ static int seal(Partition *p)
     return 0;
 }
 
+static void free_bitmaps(Region *r)
+{
+    free(r->dirty);
+    free(r->code);
+    free(r->written);
+}
+
 /* Returns 0, -1 when full or overlapping, or the engine's error code. */
 int mv_map(Partition *p, uint64_t gpa, uint64_t hva, uint64_t size, uint32_t perms, int track)
 {
@@ -209,13 +216,16 @@ int mv_map(Partition *p, uint64_t gpa, uint64_t hva, uint64_t size, uint32_t per
         p->tracking = 1;
     }
     r->code = calloc(1, size / MV_PAGE / 8 + 8);
-    int error = r->code ? engine_map(p, r) : -1;
+    r->written = calloc(1, size / MV_PAGE / 8 + 8);
+    r->written_low = UINT64_MAX;
+    int error = r->code && r->written ? engine_map(p, r) : -1;
     if (error) {
-        free(r->dirty);
-        free(r->code);
+        free_bitmaps(r);
         return error;
     }
+    pthread_mutex_lock(&p->dma_lock);
     p->region_count++;
+    pthread_mutex_unlock(&p->dma_lock);
     return 0;
 }
 
@@ -228,9 +238,10 @@ int mv_unmap(Partition *p, uint64_t gpa, uint64_t size)
         unseal(p);
         tlb_forget_code(p, r, gpa, size);
         int error = engine_unmap(p, gpa, size, r);
-        free(r->dirty);
-        free(r->code);
+        pthread_mutex_lock(&p->dma_lock);
+        free_bitmaps(r);
         *r = p->regions[--p->region_count];
+        pthread_mutex_unlock(&p->dma_lock);
         engine_flush_tlb(p);
         return error;
     }
@@ -254,22 +265,14 @@ int mv_dirty(Partition *p, uint64_t gpa, uint64_t size, uint8_t *bitmap)
 void mv_dma(Partition *p, uint64_t gpa, uint64_t size)
 {
     pthread_mutex_lock(&p->dma_lock);
-    uint64_t end = (gpa + size + MV_PAGE - 1) & ~(MV_PAGE - 1);
-    gpa &= ~(MV_PAGE - 1);
-    int n = p->dma_count;
-    if (n && p->dma[n - 1].gpa <= gpa && gpa <= p->dma[n - 1].gpa + p->dma[n - 1].size) {
-        if (end > p->dma[n - 1].gpa + p->dma[n - 1].size)
-            p->dma[n - 1].size = end - p->dma[n - 1].gpa;
-    } else if (n == MV_DMA_QUEUE) { /* full: one range that covers the last and this one */
-        uint64_t low = p->dma[n - 1].gpa < gpa ? p->dma[n - 1].gpa : gpa;
-        uint64_t high = p->dma[n - 1].gpa + p->dma[n - 1].size > end ? p->dma[n - 1].gpa + p->dma[n - 1].size : end;
-        p->dma[n - 1].gpa = low;
-        p->dma[n - 1].size = high - low;
-    } else {
-        p->dma[n].gpa = gpa;
-        p->dma[n].size = end - gpa;
-        STORE(p->dma_count, n + 1);
+    for (int i = 0; i < p->region_count && size; i++) {
+        Region *r = &p->regions[i];
+        uint64_t from = gpa > r->gpa ? gpa : r->gpa;
+        uint64_t to = gpa + size < r->gpa + r->size ? gpa + size : r->gpa + r->size;
+        if (from < to)
+            tlb_note_written(r, (from - r->gpa) / MV_PAGE, (to - 1 - r->gpa) / MV_PAGE);
     }
+    STORE(p->dma_pending, 1);
     pthread_mutex_unlock(&p->dma_lock);
     /* Before the caller tells the guest: a guest that polls for completion meets the next block start first. */
     engine_request(p, REQUEST_KICK);
@@ -278,20 +281,12 @@ void mv_dma(Partition *p, uint64_t gpa, uint64_t size)
 
 static void drain_dma(Partition *p)
 {
-    if (!LOAD(p->dma_count))
+    if (!LOAD(p->dma_pending))
         return;
     pthread_mutex_lock(&p->dma_lock);
-    for (int i = 0; i < p->dma_count; i++) {
-        uint64_t gpa = p->dma[i].gpa, end = gpa + p->dma[i].size;
-        for (int k = 0; k < p->region_count; k++) {
-            Region *r = &p->regions[k];
-            uint64_t from = gpa > r->gpa ? gpa : r->gpa;
-            uint64_t to = end < r->gpa + r->size ? end : r->gpa + r->size;
-            if (from < to)
-                tlb_forget_code(p, r, from, to - from);
-        }
-    }
-    STORE(p->dma_count, 0);
+    STORE(p->dma_pending, 0);
+    for (int i = 0; i < p->region_count; i++)
+        tlb_forget_written(p, &p->regions[i]);
     pthread_mutex_unlock(&p->dma_lock);
 }
 
@@ -952,10 +947,8 @@ void mv_partition_free(Partition *p)
         pthread_join(p->ticker, NULL);
     }
     engine_close(p);
-    for (int i = 0; i < p->region_count; i++) {
-        free(p->regions[i].dirty);
-        free(p->regions[i].code);
-    }
+    for (int i = 0; i < p->region_count; i++)
+        free_bitmaps(&p->regions[i]);
     free(p);
 }
 

@@ -17,7 +17,6 @@
 #define MV_MAX_DOORBELLS 256
 #define MV_MAX_LATCHES 8
 #define MV_MAX_CPUID 128
-#define MV_DMA_QUEUE 256
 #define MV_PAGE 4096ull
 
 #define ENV_SIZE 5568 /* env up to end_reset_fields: all state of one processor */
@@ -51,6 +50,8 @@ typedef struct Region {
     uint64_t gpa, size, hva, ram; /* ram: the engine's own address for the block (ram_addr_t) */
     uint32_t perms;
     uint8_t *dirty; /* one bit a page, or NULL when not tracked */
+    uint8_t *written; /* one bit a page: the host wrote it and translations may be stale; under dma_lock */
+    uint64_t written_low, written_high; /* pages between which bits of `written` are set */
     uint8_t *code;  /* one bit a page: it may hold translated code, so no TLB entry writes to it unseen */
     size_t hook;
 } Region;
@@ -141,10 +142,7 @@ typedef struct Partition {
     int64_t ticker_wake; /* host time it sleeps until, APIC_NEVER while it waits for work; atomic */
 
     pthread_mutex_t dma_lock;
-    int dma_count; /* atomic */
-    struct {
-        uint64_t gpa, size;
-    } dma[MV_DMA_QUEUE];
+    int dma_pending; /* atomic: some region has pages written by the host */
 } Partition;
 
 /* engine.c */
@@ -177,6 +175,8 @@ uint64_t engine_rip(const uint8_t *env);
 /* tlb.c */
 extern __thread Partition *current __attribute__((tls_model("initial-exec"))); /* the engine this thread runs */
 int tlb_load(void *handle, const char **missing);
+void tlb_note_written(Region *r, uint64_t first, uint64_t last);
+void tlb_forget_written(Partition *p, Region *r);
 void tlb_forget_code(Partition *p, Region *r, uint64_t gpa, uint64_t size);
 
 /* float.c */
