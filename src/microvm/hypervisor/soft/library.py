@@ -108,6 +108,7 @@ def _declare(shim: ctypes.CDLL) -> None:
         "mv_vcpu_run": (i, [p, i]),
         "mv_vcpu_kick": (None, [p, i]),
         "mv_vcpu_detail": (text, [p, i]),
+        "mv_vcpu_crashed": (ctypes.POINTER(u64), [p, i]),
         "mv_vcpu_env": (p, [p, i]),
         "mv_vcpu_msr": (i, [p, i, u32, p, i]),
         "mv_vcpu_translate": (i64, [p, i, u64]),

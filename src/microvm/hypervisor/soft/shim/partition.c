@@ -519,7 +519,9 @@ static void take_kicks(Partition *p)
     int any = 0;
     for (int i = 0; i < p->vcpu_count; i++) {
         Vcpu *v = &p->vcpus[i];
-        if (v->entered && !v->stop && LOAD(p->callback_failed))
+        if (v->entered && !v->stop && p->broken)
+            v->stop = STOP_ABORT;
+        else if (v->entered && !v->stop && LOAD(p->callback_failed))
             v->stop = STOP_CALLBACK;
         else if (v->entered && !v->stop && TAKE(v->kicked, 0))
             v->stop = STOP_KICKED;
@@ -557,17 +559,17 @@ static void execute(Partition *p)
     int error = engine_run(p);
     pthread_mutex_lock(&p->lock);
     STORE(p->running, 0);
-    if (v->stop)
-        return;
-    if (error) {
+    if (!v->stop && error) {
         char text[120];
         snprintf(text, sizeof text, "the software CPU cannot go on at %#llx (engine error %d)",
                  (unsigned long long)engine_rip(p->env), error);
         partition_crash(p, STOP_ENGINE, text);
-    } else if (engine_halted(p)) {
+    } else if (!v->stop && engine_halted(p)) {
         p->counters.hlt++;
         v->run_state = RUN_HALTED;
     }
+    if (v->stop)
+        mv_env_get(p->env, v->registers);
 }
 
 /* Until `self` has something to return. With p->lock held. */
@@ -631,6 +633,9 @@ int mv_vcpu_run(Partition *p, int index)
 }
 
 const char *mv_vcpu_detail(Partition *p, int index) { return p->vcpus[index].detail; }
+
+/* The registers of a vCPU that has crashed, while others may run. */
+const uint64_t *mv_vcpu_crashed(Partition *p, int index) { return p->vcpus[index].registers; }
 
 void mv_vcpu_kick(Partition *p, int index)
 {

@@ -7,6 +7,7 @@
 #define MICROVM_SOFT_H
 
 #include <pthread.h>
+#include <setjmp.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -20,6 +21,8 @@
 #define MV_PAGE 4096ull
 
 #define ENV_SIZE 5568 /* env up to end_reset_fields: all state of one processor */
+
+#define FLAT_WORDS (16 + 2 + 8 * 3 + 2 * 2 + 6) /* registers as mv_env_get and mv_env_set take them */
 
 /* Set in cpu->interrupt_request. HARD: a vector waits for IF. KICK: partition.c has something to look at. */
 #define REQUEST_HARD 0x2u
@@ -84,6 +87,7 @@ typedef struct Vcpu {
     Apic apic;
     uint8_t context[ENV_SIZE] __attribute__((aligned(16))); /* state while another vCPU is loaded */
     char detail[160];
+    uint64_t registers[FLAT_WORDS]; /* when it crashed: another vCPU may be running by the time somebody asks */
 } Vcpu;
 
 typedef struct Counters {
@@ -124,6 +128,8 @@ typedef struct Partition {
     int callback_failed; /* atomic: a Python callback raised; its exception waits on the Python side */
     int yield_wanted;
     int closing;
+    int broken;     /* the engine gave up in mid-work and must not run again */
+    jmp_buf escape; /* out of the running engine, for when it gives up */
     struct { /* an access whose handler raised: done, but its instruction has not retired */
         int kind, vcpu;
         uint32_t port, size;
@@ -151,6 +157,7 @@ int engine_open(Partition *p, uint32_t code_buffer, char *message, size_t size);
 void engine_close(Partition *p);
 int engine_run(Partition *p); /* returns the library's error code */
 void engine_stop(Partition *p);
+void mv_env_get(uint8_t *env, uint64_t *flat);
 int engine_halted(const Partition *p);
 void engine_request(Partition *p, uint32_t bits);
 void engine_unrequest(Partition *p, uint32_t bits);
