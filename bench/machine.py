@@ -29,7 +29,6 @@ class Setup:
     stream: Path | None = None
     console: bool = False
     memory_mib: int = 256
-    command: str = ""
 
 
 @dataclass

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
-from microvm.images import kernels, rootfs
+from microvm.images import images, kernels
 
 from .guestside import GuestSide
 from .machine import Child, Setup
@@ -155,17 +155,20 @@ def warm_boot(setup: Setup) -> float:
 
 def command(context: Context) -> list[Figure]:
     """`microvm run` from the shell beside QEMU with the same kernel and root file system and a trivial init."""
-    kernel, image = kernels.resolve("tuned").path, rootfs.resolve("python").path
+    kernel, image = kernels.resolve("tuned").path, images.resolve("python").path
     tool = shutil.which("microvm", path=os.path.dirname(sys.executable)) or shutil.which("microvm")
     front = [tool] if tool else [sys.executable, "-m", "microvm"]
     figures = []
     for name, argv in (("true", ["true"]), ("python3 -c 'print(1)'", ["python3", "-c", "print(1)"])):
-        setup = Setup(kernel, context.guest.initrd, "root=/dev/vda", image, True, command=" ".join(argv))
+        tasks = "root=" + "|".join(["/dev/vda", *argv])
+        setup = Setup(kernel, context.guest.initrd, tasks, image, True, memory_mib=MEMORY_MIB)
         mine: list[float] = []
         peer: list[float] = []
         for _ in range(context.rounds):
             started = time.perf_counter()
-            subprocess.run([*front, "run", "--backend", "soft", "--", *argv], check=True, stdout=subprocess.DEVNULL, timeout=60)
+            subprocess.run(
+                [*front, "run", "--backend", "soft", "--", *argv], check=True, stdout=subprocess.DEVNULL, timeout=60
+            )
             mine.append(time.perf_counter() - started)
             with context.qemu.start(setup) as child:
                 _, results = child.watch("root")
@@ -237,15 +240,15 @@ def stream(context: Context) -> list[Figure]:
     trip = {side: [1e6 / rate for rate in rows[side]["stream-rtt"]] for side in rows}
     figures = [compared("vsock round trip", "us", trip["ours"], trip["qemu"], note=note)]
     for name, text in (("stream-up", "guest to host"), ("stream-down", "host to guest")):
-        figures.append(compared(f"vsock {text}", "MiB/s", rows["ours"][name], rows["qemu"][name], inverse=True, note=note))
+        figures.append(
+            compared(f"vsock {text}", "MiB/s", rows["ours"][name], rows["qemu"][name], inverse=True, note=note)
+        )
     return figures
 
 
 def console(context: Context) -> list[Figure]:
     rows = _device_rows(context, lambda _: context.setup(tasks="console=/dev/hvc0", console=True), ("console",))
-    return [
-        compared("console hvc0", "MiB/s", rows["ours"]["console"], rows["qemu"]["console"], inverse=True)
-    ]
+    return [compared("console hvc0", "MiB/s", rows["ours"]["console"], rows["qemu"]["console"], inverse=True)]
 
 
 def _device_rows(
@@ -315,12 +318,16 @@ def start_up(context: Context) -> list[Figure]:
             started = time.perf_counter()
             subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
             runs[name].append((time.perf_counter() - started) * 1e3)
-    times = subprocess.run([python, "-X", "importtime", "-c", "import microvm"], check=True, capture_output=True, text=True)
+    times = subprocess.run(
+        [python, "-X", "importtime", "-c", "import microvm"], check=True, capture_output=True, text=True
+    )
     own = [line for line in times.stderr.splitlines() if line.endswith("| microvm")]
     cost = int(own[-1].split("|")[1]) / 1e3 if own else math.nan
     note = "beside `python3 -c pass`, not QEMU"
     return [
-        compared("python3 -c 'import microvm'", "ms", runs["import"], runs["pass"], note=f"{note}; importtime {cost:.1f} ms"),
+        compared(
+            "python3 -c 'import microvm'", "ms", runs["import"], runs["pass"], note=f"{note}; importtime {cost:.1f} ms"
+        ),
         compared("microvm --version", "ms", runs["version"], runs["pass"], note=note),
     ]
 

@@ -37,7 +37,7 @@ class Ours:
 
 
 def cmdline(setup: Setup) -> str:
-    return f"{CMDLINE} bench={setup.tasks}" + (f" -- {setup.command}" if setup.command else "")
+    return f"{CMDLINE} bench={setup.tasks}"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -44,7 +44,7 @@ class Machine:
         raise error
 
     def notify(self, index: int) -> None:
-        self.reactor.call_soon_threadsafe(lambda: self.device.process(index))
+        self.reactor.call_soon_threadsafe(lambda: self.guest.driver.mmio.process(index))
 
     def connect(self) -> socket.socket:
         with self.host.listen(PORT) as listener:

@@ -5,7 +5,7 @@
  *
  *   <program>|all   a program of programs.c     block=<path>  stream=<where>  console=<path>
  *   memory          what the guest itself uses  idle          sleep until stopped from outside
- *   root=<disk>     run what follows ` -- ` on the command line in that erofs file system, as `microvm run` would
+ *   root=<disk>|<command>|<argument>...   run that in that erofs file system, as `microvm run` would
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -67,19 +67,14 @@ static void memory(void)
 }
 
 /* The shortest way to a command in a root file system that nobody may write: mount, change root, exec, wait. */
-static void run_in(const char *disk)
+static void run_in(char *words)
 {
-    static char line[4096];
-    char *argv[64] = {NULL}, *text;
+    char *disk = strtok(words, "|"), *argv[64] = {NULL};
     int count = 0, status = -1;
-    int fd = open("/proc/cmdline", O_RDONLY);
-    ssize_t n = read(fd, line, sizeof line - 1);
-    close(fd);
-    text = n > 0 ? strstr(line, " -- ") : NULL;
-    if (!text)
+    while (count < 63 && (argv[count] = strtok(NULL, "|")))
+        count++;
+    if (!count)
         die("no command");
-    for (char *word = strtok(text + 4, " \n"); word && count < 63; word = strtok(NULL, " \n"))
-        argv[count++] = word;
     mkdir("/root", 0755);
     if (mount(disk, "/root", "erofs", MS_RDONLY, NULL))
         die("mount");
@@ -141,7 +136,7 @@ int main(int argc, char **argv)
     if (list) {
         list += 6;
         list[strcspn(list, " ")] = 0;
-        for (char *word = strtok(list, ","); word; word = strtok(NULL, ","))
+        for (char *next, *word = strtok_r(list, ",", &next); word; word = strtok_r(NULL, ",", &next))
             task(word);
     }
     say("D\n");

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from microvm import BootError, DiskConfig, ExecError, MachineConfig, MicroVM, Outcome, Sandbox
+from microvm import BootError, DiskConfig, ExecError, InternalError, MachineConfig, MicroVM, Outcome, Sandbox
 
 from .conftest import BACKEND, missing
 from .hostile import build
@@ -81,6 +81,23 @@ def test_triple_fault_is_a_reset(make: Callable[..., MicroVM]) -> None:
         outcome = finish(make(act))
         assert outcome.kind == "reset"
         assert outcome.detail == "triple fault"
+
+
+def test_bug_in_a_device_ends_its_machine_only(make: Callable[..., MicroVM], hostile: Path, nothing_left: None) -> None:
+    other = make("loop")
+    config = MachineConfig(hostile, cmdline="act=serial", memory_mib=64, backend=BACKEND)
+    with MicroVM(config) as vm:
+
+        def bug(data: bytes) -> None:
+            raise ZeroDivisionError("a device's mistake")
+
+        vm._machine.uart.output = bug
+        vm.start()
+        with pytest.raises(InternalError, match="a device's mistake"):
+            vm.wait(30)
+        assert vm.state == "ended"
+    assert other.state == "running"
+    other.close()
 
 
 def test_halt_with_interrupts_off_is_the_end(make: Callable[..., MicroVM]) -> None:

@@ -292,7 +292,7 @@ class Running:
         def body() -> None:
             try:
                 self.stop = machine.go(registers, vcpu)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - raised again by join
                 self.error = error
 
         self._thread = threading.Thread(target=body, name=f"vcpu {vcpu.index}")

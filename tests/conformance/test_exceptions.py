@@ -192,8 +192,8 @@ def test_a_fault_without_an_idt_is_a_triple_fault(machine: Machine) -> None:
 
 def test_a_fault_in_a_fault_is_a_double_fault(machine: Machine) -> None:
     """#PF whose own gate is not present: the second contributory exception. [SDM] 3A 6.15"""
-    # Everything the delivery needs is touched first: a processor that is itself emulated (QEMU's nested SVM) forgets the
-    # first exception when its host has to fetch a page in between.
+    # Everything the delivery needs is touched first: a processor that is itself emulated (QEMU's nested SVM) forgets
+    # the first exception when its host has to fetch a page in between.
     code = Code()
     for page in (0x5000, 0x6000, 0x7000, IST_STACK - 16, STACK - 16, HANDLER):
         code.mov("rbx", page).load("eax", "rbx").store("rbx", "eax")

@@ -46,7 +46,7 @@ def test_memory_taken_away_becomes_device_space(machine: Machine) -> None:
 
 
 def test_one_region_can_be_shown_at_two_addresses(machine: Machine) -> None:
-    memory, region = extra_memory(1)
+    _, region = extra_memory(1)
     machine.partition.map(EXTRA, region)
     machine.partition.map(EXTRA + 0x10_0000, region)
     code = Code().mov("rbx", EXTRA).mov("eax", 5).store("rbx", "eax")

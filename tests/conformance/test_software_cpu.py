@@ -1,7 +1,8 @@
-"""What the engine gets wrong by itself and the shim puts right (design: software CPU), each as a guest would meet it."""
+"""What the engine gets wrong by itself and the shim puts right, each as a guest would meet it."""
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from microvm.hypervisor.base import PartitionConfig, Perm, Registers, Segment, S
 from microvm.memory import GuestMemory
 
 from .asm import Code
-from .machine import CODE, DATA, LAPIC, MMIO, PD, PORT_LOG, PORT_STOP, TSS, Machine
+from .machine import CODE, DATA, MMIO, PD, PORT_LOG, PORT_STOP, TSS, Machine
 
 
 @pytest.fixture
@@ -25,8 +26,6 @@ def soft() -> object:
         backend = select.load("soft")
         backend.create_partition(PartitionConfig()).close()
     except BackendUnavailable as error:
-        import os
-
         if "soft" in os.environ.get("MICROVM_REQUIRE", "").split(","):
             raise
         pytest.skip(str(error))
@@ -43,6 +42,7 @@ def stop(code: Code) -> Code:
     return code.out(PORT_STOP, 4).hlt()
 
 
+LAPIC = 0xFEE0_0000
 FUNCTION = 0x20_0000
 ALIAS = 0x60_0000
 
@@ -314,6 +314,30 @@ def test_closing_frees_the_engine(soft: object) -> None:
         once()
     assert threading.active_count() == threads
     assert resident() - before < 16 << 20
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_child_forked_beside_a_running_guest_can_close_its_copy(machine: Machine) -> None:
+    machine.vcpu.set_registers(machine.long(Code(64, CODE).label("spin").jmp("spin")))
+    thread = threading.Thread(target=machine.vcpu.run, args=(machine.bus,))
+    thread.start()
+    time.sleep(0.05)
+    child = os.fork()
+    if child == 0:
+        machine.partition.close()
+        os._exit(0)
+    deadline = time.monotonic() + 10
+    ended = 0
+    while not ended and time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        time.sleep(0.01)
+    if not ended:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    machine.vcpu.kick()
+    thread.join()
+    assert ended == child, "the child waits for a thread that did not come along"
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_real_mode_guest_without_interrupts_halts(machine: Machine) -> None:

@@ -17,11 +17,11 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from microvm.images import cpio, kernels
+from microvm.images import cache, cpio, kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 QEMU = "qemu-system-x86_64"
@@ -45,7 +45,8 @@ for kind, where in (("proc", "/proc"), ("sysfs", "/sys"), ("tmpfs", "/tmp"), ("d
 fd = os.open("/dev/console", os.O_RDWR)
 for i in range(3):
     os.dup2(fd, i)
-os.environ.update(PATH="/bin", HOME="/tmp", PYTHONPATH="/repo/src:/site", PYTHONDONTWRITEBYTECODE="1", **ENVIRONMENT)
+os.environ.update(PATH="/bin", HOME="/tmp", MICROVM_CACHE="/cache", PYTHONPATH="/repo/src:/site")
+os.environ.update(PYTHONDONTWRITEBYTECODE="1", **ENVIRONMENT)
 print("@@up", time.clock_gettime(time.CLOCK_BOOTTIME), flush=True)
 os.chdir("/repo")
 status = 255
@@ -94,12 +95,18 @@ def kernel() -> Path | None:
 
 
 def run(
-    arguments: list[str], environment: dict[str, str], timeout_s: float, cpus: int = 2, memory_mib: int = 1024
+    arguments: list[str],
+    environment: dict[str, str],
+    timeout_s: float,
+    *,
+    cpus: int = 2,
+    memory_mib: int = 1024,
+    files: Mapping[str, Path] | None = None,
 ) -> Result:
-    """Boot and run ``python ARGUMENTS`` in the repository's root there."""
+    """Boot and run ``python ARGUMENTS`` in the repository's root there. ``files`` are added, by path in the guest."""
     with tempfile.TemporaryDirectory() as folder:
         initrd = Path(folder) / "initrd"
-        initrd.write_bytes(cpio.pack(_entries(arguments, environment)))
+        initrd.write_bytes(cpio.pack(_entries(arguments, environment, files or {})))
         command = [
             QEMU, "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(cpus), "-m", str(memory_mib),
             "-kernel", str(kernel()), "-initrd", str(initrd), "-append", f"{COMMAND_LINE} rdinit=/init",
@@ -117,8 +124,22 @@ def run(
     return Result(int(status[1]) if status else None, text, time.monotonic() - started)
 
 
-def _entries(arguments: list[str], environment: dict[str, str]) -> list[cpio.Entry]:
-    files: dict[str, Path] = dict(_python_files())
+def guest_files(image: str = "base") -> dict[str, Path]:
+    """The kernel cache and one root file system, where the package looks for them in the first-level guest."""
+    found: dict[str, Path] = {}
+    root = cache.root()
+    small = kernel()
+    assert small is not None
+    entries = [small.parent, next(path for path in (root / "images").iterdir() if path.name.startswith(f"{image}-"))]
+    for entry in entries:
+        for path in entry.iterdir():
+            if path.is_file() and path.name not in ("System.map", "config"):
+                found[f"cache/{path.relative_to(root)}"] = path
+    return found
+
+
+def _entries(arguments: list[str], environment: dict[str, str], more: Mapping[str, Path]) -> list[cpio.Entry]:
+    files: dict[str, Path] = {**dict(_python_files()), **more}
     names = list(files)
     result: list[cpio.Entry] = [cpio.directory(name) for name in ("dev", "proc", "sys", "tmp", "bin", "etc")]
     result.append(cpio.character_device("dev/console", 5, 1))
@@ -171,6 +192,6 @@ def _python_files() -> Iterator[tuple[str, Path]]:
                 yield f"site/{path.relative_to(top.parent)}", path
     for top in ("src/microvm", "tests/conformance", "bench"):
         for path in sorted((ROOT / top).rglob("*")):
-            if path.is_file() and path.suffix in (".py", ".pyc"):
+            if path.is_file() and (path.suffix in (".py", ".pyc", ".fragment") or path.name.startswith("agent-")):
                 yield f"repo/{path.relative_to(ROOT)}", path
     yield "repo/pyproject.toml", ROOT / "pyproject.toml"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +20,7 @@ TIMEOUT_S = 240.0
 KICKS = "2000"
 
 
-def nested(arguments: list[str], environment: dict[str, str]) -> l1.Result:
+def nested(arguments: list[str], environment: dict[str, str], files: Callable[[], dict[str, Path]] = dict) -> l1.Result:
     """Run in the first-level guest; one retry if it never got to the end."""
     reason = l1.missing()
     if reason:
@@ -26,7 +28,7 @@ def nested(arguments: list[str], environment: dict[str, str]) -> l1.Result:
             pytest.fail(reason)
         pytest.skip(reason)
     for _ in range(2):
-        result = l1.run(arguments, environment, TIMEOUT_S)
+        result = l1.run(arguments, environment, TIMEOUT_S, files=files())
         if result.status is not None:
             break
     assert result.status is not None, f"the first-level guest did not finish:\n{result.output[-3000:]}"
@@ -50,3 +52,26 @@ def test_probe_finds_nested_kvm_usable_and_fast() -> None:
     line = next(line for line in result.output.splitlines() if line.startswith("@@auto"))
     assert line.split()[1:3] == ["kvm", "True"]
     assert float(line.split()[3]) > 50
+
+
+LINUX = """
+import subprocess, sys, time
+for cpus in (1, 2):
+    for word in ("first", "second"):
+        started = time.monotonic()
+        command = [sys.executable, "-m", "microvm", "run", "--image", "base", "--cpus", str(cpus), "-v"]
+        command += ["--", "sh", "-c", f"echo {word}; nproc; exit {cpus + 40}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        seconds = round(time.monotonic() - started, 1)
+        print("@@run", cpus, done.returncode, done.stdout.split(), "on kvm" in done.stderr, seconds)
+        if done.returncode != cpus + 40:
+            print(done.stderr[-3000:])
+"""
+
+
+def test_linux_boots_and_runs_commands_with_one_and_two_vcpus() -> None:
+    result = nested(["-c", LINUX], {}, files=l1.guest_files)
+    lines = [line.rsplit(" ", 1)[0] for line in result.output.splitlines() if line.startswith("@@run")]
+    words = ("first", "second")
+    expected = [f"@@run {cpus} {cpus + 40} ['{word}', '{cpus}'] True" for cpus in (1, 2) for word in words]
+    assert lines == expected, result.output[-4000:]

@@ -37,6 +37,7 @@ def add_parser(subparsers: Any) -> None:
         "--append", metavar="ARGS", action="append", default=[], help="added to the kernel command line"
     )
     parser.add_argument("--console", choices=sorted(CONSOLES), default="serial", help="which line (default serial)")
+    parser.add_argument("--vsock", metavar="PATH", help="a Unix socket to reach the guest's vsock ports by")
     parser.add_argument("--timeout", metavar="S", help="end the machine after this many seconds, exit code 124")
     parser.add_argument("--verbose", action="store_true", help="say how the machine ended, and its counters")
     options.add_machine_options(parser, memory="256")
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         memory_mib=memory_mib,
         cpus=cpus,
         disks=[DiskConfig.parse(disk) for disk in args.disk],
+        vsock_path=args.vsock,
         backend=args.backend,
     )
     with MicroVM(config) as vm, contextlib.ExitStack() as stack:

@@ -8,7 +8,7 @@ it exists, so a failure half-way leaves nothing behind and `close` is the same c
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -20,7 +20,7 @@ from ..devices.ioapic import IoApic
 from ..devices.power import Power, PowerButton
 from ..devices.rtc import Rtc
 from ..devices.serial import Serial
-from ..errors import GuestError, InternalError
+from ..errors import ConfigError, GuestError, InternalError
 from ..hypervisor.base import Hypervisor, PartitionConfig, Vcpu
 from ..memory import GuestMemory
 from ..spec.virtio import MmioReg
@@ -62,8 +62,11 @@ class Slot:
 class Machine:
     """The assembled parts. `MicroVM` owns one; nobody else reaches into it but snapshots and tests."""
 
-    def __init__(self, config: MachineConfig, hypervisor: Hypervisor, end: EndMachine) -> None:
+    def __init__(
+        self, config: MachineConfig, hypervisor: Hypervisor, end: EndMachine, devices: Sequence[VirtioDevice] = ()
+    ) -> None:
         self.config = config
+        self._extra_devices = devices
         self.hypervisor = hypervisor
         self.serial = Console()
         self.console: Console | None = None
@@ -151,16 +154,20 @@ class Machine:
             # Each disk has a thread: a host that takes its time over an fsync must not hold up sockets and console.
             reactor = Reactor(self._io_failed, name=f"microvm-disk{index}")
             self._attach(Block(raw, read_only=disk.read_only, serial=f"microvm-disk{index}".encode()), reactor)
+        for extra in self._extra_devices:
+            self._attach(extra, self.reactor)
 
     def _add_vsock(self, cid: int) -> None:
         from ..devices.vsock import Vsock
         from .vsock_host import VsockHost
 
         device = Vsock(cid)
-        self.vsock = VsockHost(device, self.reactor)
+        self.vsock = VsockHost(device, self.reactor, self.config.vsock_path)
         self._attach(device, self.reactor)
 
     def _attach(self, device: VirtioDevice, reactor: Reactor) -> Slot:
+        if len(self.slots) == layout.VIRTIO_SLOTS:
+            raise ConfigError("devices", "", f"a machine has room for {layout.VIRTIO_SLOTS} virtio devices")
         place = virtio_slot(len(self.slots))
         calls: list[Callable[[], None]] = []
 
@@ -266,11 +273,13 @@ def _drain(transport: VirtioMmio) -> None:
             transport.process(queue.index)
 
 
-def build(config: MachineConfig, hypervisor: Hypervisor | None, end: EndMachine) -> Machine:
+def build(
+    config: MachineConfig, hypervisor: Hypervisor | None, end: EndMachine, devices: Sequence[VirtioDevice] = ()
+) -> Machine:
     """Assemble a machine. Raises ConfigError, BootError, BackendUnavailable, HostError; then nothing is left of it."""
     if hypervisor is None:
         from ..hypervisor.select import choose
 
         config.check_files()  # before the backends are probed: a wrong file name is answered at once
         hypervisor = choose(config.backend)
-    return Machine(config, hypervisor, end)
+    return Machine(config, hypervisor, end, devices)

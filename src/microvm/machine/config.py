@@ -57,7 +57,8 @@ class MachineConfig:
     ``kernel``: a bzImage or an uncompressed ELF. ``initrds``: cpio archives, files or bytes, loaded
     one behind the other.
     ``cmdline``: the whole kernel command line. ``memory_mib``: even, from 64. ``cpus``: 1 to 32. ``disks``: vda first.
-    ``vsock_cid``: the guest's address, or None for no vsock. ``backend``: "auto" or a backend's name. ``console``:
+    ``vsock_cid``: the guest's address, or None for no vsock; ``vsock_path``: a Unix socket to be
+    made for programs that are not Python (`machine.vsock_path`). ``backend``: "auto" or a backend's name. ``console``:
     whether there is a virtio console (hvc0); the serial port is always there.
     """
 
@@ -68,6 +69,7 @@ class MachineConfig:
     cpus: int = 1
     disks: Sequence[DiskConfig] = ()
     vsock_cid: int | None = MIN_GUEST_CID
+    vsock_path: Path | None = None
     backend: str = "auto"
     console: bool = True
     rng: bool = True
@@ -75,6 +77,8 @@ class MachineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernel", _path("kernel", self.kernel))
+        if self.vsock_path is not None:
+            object.__setattr__(self, "vsock_path", _path("vsock_path", self.vsock_path))
         object.__setattr__(
             self, "initrds", tuple(one if isinstance(one, bytes) else _path("initrd", one) for one in self.initrds)
         )

@@ -23,9 +23,11 @@ from .outcome import End, Outcome
 from .vcpus import VcpuThreads
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
 
     from ..hypervisor.base import Hypervisor
+    from ..virtio import VirtioDevice
     from .vsock_host import VsockHost
 
 SWITCH_INTERVAL_S: Final = 50e-6  # a vCPU thread in Python holds up I/O threads by at most this (default: 5 ms)
@@ -44,17 +46,24 @@ class State:
 class MicroVM:
     """One virtual machine. Methods may be called from any thread, but not from callbacks unless they say so.
 
+    ``devices`` are virtio devices of yours, added behind the configured ones; each belongs to one machine.
     ``hypervisor`` overrides the choice made by ``config.backend``. Raises ConfigError, BootError for what cannot be
     booted, BackendUnavailable where nothing can run it, HostError if the host refuses.
     """
 
-    def __init__(self, config: MachineConfig, *, hypervisor: Hypervisor | None = None) -> None:
+    def __init__(
+        self,
+        config: MachineConfig,
+        *,
+        devices: Sequence[VirtioDevice] = (),
+        hypervisor: Hypervisor | None = None,
+    ) -> None:
         self.config = config
         self._lock = threading.RLock()
         self._state = State.BUILT
         self._owner = os.getpid()
         _tune_interpreter()
-        self._machine = build(config, hypervisor, self._end)
+        self._machine = build(config, hypervisor, self._end, devices)
         self._threads = VcpuThreads(self._machine.vcpus, self._machine.bus, self._ended)
         _open_machines.add(self)
 

@@ -51,7 +51,7 @@ class Machine:
             self.guest.start()
 
     def notify(self, index: int) -> None:
-        self.reactor.call_soon_threadsafe(lambda: self.device.process(index))
+        self.reactor.call_soon_threadsafe(lambda: self.guest.driver.mmio.process(index))
 
     def packet(self, op: int | None = None) -> tuple[Header, bytes]:
         """The next packet (of that kind; others are skipped)."""

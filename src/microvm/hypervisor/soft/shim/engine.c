@@ -40,7 +40,6 @@
 #define CPU_HALTED 33176
 #define CPU_EXCEPTION_INDEX 33184
 #define CPU_UC 33192
-#define CPU_TLB 35344 /* env_tlb: three {mask, table} pairs just before the counter */
 #define CPU_ICOUNT_DECR 35392
 #define CPU_ENV 35408
 #define CPU_CLASS 42768
@@ -110,8 +109,6 @@ enum { ES, CS, SS, DS, FS, GS };
 #define CR4_TSD 4u
 #define EXCP_HLT 0x10001
 #define EXCP_INTERRUPT 0x10000
-#define TLB_NOTDIRTY 0x400u
-#define TLB_MODES 3
 #define MMU_KERNEL 2
 #define GP_FAULT 13
 
@@ -125,7 +122,7 @@ enum { ES, CS, SS, DS, FS, GS };
 /* uc_x86_reg */
 enum { REG_RAX = 35, REG_FPCW = 246, REG_MXCSR = 249 };
 
-static __thread Partition *current __attribute__((tls_model("initial-exec")));
+__thread Partition *current __attribute__((tls_model("initial-exec"), visibility("hidden")));
 
 static struct {
     void *handle;
@@ -152,9 +149,6 @@ static struct {
     void (*loop_exit)(uint8_t *cpu) __attribute__((noreturn));
     void (*loop_exit_restore)(uint8_t *cpu, uintptr_t ra) __attribute__((noreturn));
     uint32_t (*cc_all)(uint8_t *env, int op);
-    uint64_t (*page_addr_code)(uint8_t *env, uint64_t gva);
-    void (*reset_dirty)(uint8_t *cpu, uint64_t hva, uint64_t size);
-    void (*forget)(uint8_t *uc, uint64_t start, uint64_t end);
     void (*tlb_flush)(uint8_t *cpu);
     uint64_t (*ram_from_host)(uint8_t *uc, void *hva);
     uint64_t (*phys_page)(uint8_t *cpu, uint64_t gva, void *attrs);
@@ -166,9 +160,6 @@ static struct {
     void (*update_mxcsr)(uint8_t *env);
     void (*update_fp)(uint8_t *env);
     /* originals of what is replaced below */
-    void (*old_reset_dirty_by_vaddr)(uint8_t *, uint64_t, uint64_t);
-    void (*old_set_dirty)(uint8_t *, uint64_t);
-    void (*old_invalidate_fast)(uint8_t *, void *, uint64_t, int, uintptr_t);
     void (*old_rdmsr)(uint8_t *);
     void (*old_wrmsr)(uint8_t *);
     void (*old_rdtsc)(uint8_t *);
@@ -219,9 +210,6 @@ int engine_load(const char *library, char *message, size_t size)
         {(void **)&lib.loop_exit, "cpu_loop_exit_x86_64"},
         {(void **)&lib.loop_exit_restore, "cpu_loop_exit_restore_x86_64"},
         {(void **)&lib.cc_all, "cpu_cc_compute_all_x86_64"},
-        {(void **)&lib.page_addr_code, "get_page_addr_code_x86_64"},
-        {(void **)&lib.reset_dirty, "tlb_reset_dirty_x86_64"},
-        {(void **)&lib.forget, "tb_invalidate_phys_range_x86_64"},
         {(void **)&lib.tlb_flush, "tlb_flush_x86_64"},
         {(void **)&lib.ram_from_host, "qemu_ram_addr_from_host_x86_64"},
         {(void **)&lib.phys_page, "x86_cpu_get_phys_page_attrs_debug_x86_64"},
@@ -232,9 +220,6 @@ int engine_load(const char *library, char *message, size_t size)
         {(void **)&lib.update_dr7, "cpu_x86_update_dr7_x86_64"},
         {(void **)&lib.update_mxcsr, "update_mxcsr_status_x86_64"},
         {(void **)&lib.update_fp, "update_fp_status_x86_64"},
-        {(void **)&lib.old_reset_dirty_by_vaddr, "tlb_reset_dirty_by_vaddr_x86_64"},
-        {(void **)&lib.old_set_dirty, "tlb_set_dirty_x86_64"},
-        {(void **)&lib.old_invalidate_fast, "tb_invalidate_phys_page_fast_x86_64"},
         {(void **)&lib.old_rdmsr, "helper_rdmsr_x86_64"},
         {(void **)&lib.old_wrmsr, "helper_wrmsr_x86_64"},
         {(void **)&lib.old_rdtsc, "helper_rdtsc_x86_64"},
@@ -269,6 +254,12 @@ int engine_load(const char *library, char *message, size_t size)
             return -1;
         }
     }
+    const char *missing;
+    if (float_load(handle, &missing) || tlb_load(handle, &missing)) {
+        snprintf(message, size, "this build of the unicorn library does not export %s", missing);
+        dlclose(handle);
+        return -1;
+    }
     unsigned major = 0, minor = 0;
     if ((lib.version(&major, &minor) & 0xFFFFFF00u) != (UC_VERSION_EXPECTED & 0xFFFFFF00u)) {
         snprintf(message, size, "unicorn 2.1.4 is needed, this is %u.%u", major, minor);
@@ -280,81 +271,6 @@ int engine_load(const char *library, char *message, size_t size)
 }
 
 /* ---- the replaced functions ---- */
-
-/* The library marks pages holding translated code by virtual address; an alias of the page stays writable behind its
- * back. Mark by host address instead, which every alias shares. */
-__attribute__((visibility("default"))) void tlb_reset_dirty_by_vaddr_x86_64(uint8_t *cpu, uint64_t gva, uint64_t size)
-{
-    Partition *p = current;
-    if (!p || p->cpu != cpu) {
-        lib.old_reset_dirty_by_vaddr(cpu, gva, size);
-        return;
-    }
-    gva &= ~(MV_PAGE - 1);
-    for (uint64_t page = 0; page < (size > MV_PAGE ? 2 : 1); page++) {
-        uint64_t ram = lib.page_addr_code(p->env, gva + page * MV_PAGE);
-        for (int i = 0; i < p->region_count; i++) {
-            Region *r = &p->regions[i];
-            if (ram >= r->ram && ram < r->ram + r->size)
-                lib.reset_dirty(cpu, r->hva + ((ram - r->ram) & ~(MV_PAGE - 1)), MV_PAGE);
-        }
-    }
-}
-
-static void mark_dirty(Partition *p, uint64_t gpa)
-{
-    Region *r = partition_region(p, gpa, 1);
-    if (r && r->dirty) {
-        uint64_t page = (gpa - r->gpa) / MV_PAGE;
-        __atomic_fetch_or(&r->dirty[page >> 3], (uint8_t)(1u << (page & 7)), __ATOMIC_RELAXED);
-    }
-}
-
-/* First write through a TLB entry: the page's translations go, and only then may writes pass unseen. */
-__attribute__((visibility("default"))) void tlb_set_dirty_x86_64(uint8_t *cpu, uint64_t gva)
-{
-    struct entry {
-        uint64_t read, write, code, paddr, addend, pad[3];
-    };
-    struct fast {
-        uint64_t mask;
-        struct entry *table;
-    };
-    Partition *p = current;
-    if (!p || p->cpu != cpu) {
-        lib.old_set_dirty(cpu, gva);
-        return;
-    }
-    struct fast *fast = (struct fast *)(cpu + CPU_TLB);
-    gva &= ~(MV_PAGE - 1);
-    for (int mode = 0; mode < TLB_MODES; mode++) {
-        struct entry *e = &fast[mode].table[(gva >> 12) & (fast[mode].mask >> 6)];
-        if (e->write != (gva | TLB_NOTDIRTY))
-            continue;
-        Region *r = partition_region(p, e->paddr & ~(MV_PAGE - 1), MV_PAGE);
-        if (r) {
-            uint64_t ram = r->ram + (e->paddr & ~(MV_PAGE - 1)) - r->gpa;
-            lib.forget(p->uc, ram, ram + MV_PAGE);
-            if (p->tracking)
-                mark_dirty(p, e->paddr);
-        }
-        e->write = gva;
-    }
-}
-
-/* Called for every write to a page that is not known to be free of code: the only sight of writes to executable pages. */
-__attribute__((visibility("default"))) void tb_invalidate_phys_page_fast_x86_64(uint8_t *uc, void *pages, uint64_t ram,
-                                                                                  int size, uintptr_t ra)
-{
-    Partition *p = current;
-    if (p && p->uc == uc && p->tracking)
-        for (int i = 0; i < p->region_count; i++) {
-            Region *r = &p->regions[i];
-            if (r->dirty && ram >= r->ram && ram < r->ram + r->size)
-                mark_dirty(p, r->gpa + (ram - r->ram));
-        }
-    lib.old_invalidate_fast(uc, pages, ram, size, ra);
-}
 
 /* IN and OUT need IOPL or a clear bit in the TSS's permission map. [SDM] 1 19.5 */
 static void check_io(uint8_t *env, uint32_t port, uint32_t size, uintptr_t ra)
@@ -787,13 +703,6 @@ void engine_poke(Partition *p)
 }
 
 void engine_flush_tlb(Partition *p) { lib.tlb_flush(p->cpu); }
-
-void engine_forget_code(Partition *p, uint64_t gpa, uint64_t size)
-{
-    Region *r = partition_region(p, gpa, size);
-    if (r)
-        lib.forget(p->uc, r->ram + gpa - r->gpa, r->ram + gpa - r->gpa + size);
-}
 
 int engine_map(Partition *p, Region *r)
 {

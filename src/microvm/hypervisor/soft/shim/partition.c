@@ -208,9 +208,11 @@ int mv_map(Partition *p, uint64_t gpa, uint64_t hva, uint64_t size, uint32_t per
             return -1;
         p->tracking = 1;
     }
-    int error = engine_map(p, r);
+    r->code = calloc(1, size / MV_PAGE / 8 + 8);
+    int error = r->code ? engine_map(p, r) : -1;
     if (error) {
         free(r->dirty);
+        free(r->code);
         return error;
     }
     p->region_count++;
@@ -224,9 +226,10 @@ int mv_unmap(Partition *p, uint64_t gpa, uint64_t size)
         if (r->gpa != gpa || r->size != size)
             continue;
         unseal(p);
-        engine_forget_code(p, gpa, size);
+        tlb_forget_code(p, r, gpa, size);
         int error = engine_unmap(p, gpa, size, r);
         free(r->dirty);
+        free(r->code);
         *r = p->regions[--p->region_count];
         engine_flush_tlb(p);
         return error;
@@ -281,11 +284,11 @@ static void drain_dma(Partition *p)
     for (int i = 0; i < p->dma_count; i++) {
         uint64_t gpa = p->dma[i].gpa, end = gpa + p->dma[i].size;
         for (int k = 0; k < p->region_count; k++) {
-            const Region *r = &p->regions[k];
+            Region *r = &p->regions[k];
             uint64_t from = gpa > r->gpa ? gpa : r->gpa;
             uint64_t to = end < r->gpa + r->size ? end : r->gpa + r->size;
             if (from < to)
-                engine_forget_code(p, from, to - from);
+                tlb_forget_code(p, r, from, to - from);
         }
     }
     STORE(p->dma_count, 0);
@@ -888,10 +891,23 @@ int partition_msr_write(Partition *p, uint32_t index, uint64_t value)
 
 int mv_load_library(const char *path, char *message, size_t size) { return engine_load(path, message, size); }
 
+static void make_locks(Partition *p)
+{
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_mutex_init(&p->ticker_lock, NULL);
+    pthread_mutex_init(&p->dma_lock, NULL);
+    pthread_cond_init(&p->idle_cond, &monotonic);
+    pthread_cond_init(&p->role_cond, NULL);
+    pthread_cond_init(&p->ticker_cond, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+}
+
 Partition *mv_partition_new(int vcpus, uint32_t code_buffer, const Callbacks *callbacks, char *message, size_t size)
 {
     Partition *p;
-    pthread_condattr_t monotonic;
     if (vcpus < 1 || vcpus > MV_MAX_VCPUS || posix_memalign((void **)&p, 64, sizeof *p)) {
         snprintf(message, size, "out of memory");
         return NULL;
@@ -904,15 +920,7 @@ Partition *mv_partition_new(int vcpus, uint32_t code_buffer, const Callbacks *ca
         free(p);
         return NULL;
     }
-    pthread_condattr_init(&monotonic);
-    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    pthread_mutex_init(&p->lock, NULL);
-    pthread_mutex_init(&p->ticker_lock, NULL);
-    pthread_mutex_init(&p->dma_lock, NULL);
-    pthread_cond_init(&p->idle_cond, &monotonic);
-    pthread_cond_init(&p->role_cond, NULL);
-    pthread_cond_init(&p->ticker_cond, &monotonic);
-    pthread_condattr_destroy(&monotonic);
+    make_locks(p);
     p->clock_offset = -host_now();
     p->slice_end = p->next_due = APIC_NEVER;
     for (int i = 0; i < MV_MAX_LATCHES; i++)
@@ -956,19 +964,23 @@ void mv_partition_free(Partition *p)
         pthread_join(p->ticker, NULL);
     }
     engine_close(p);
-    for (int i = 0; i < p->region_count; i++)
+    for (int i = 0; i < p->region_count; i++) {
         free(p->regions[i].dirty);
+        free(p->regions[i].code);
+    }
     free(p);
 }
 
-/* After fork in the child: the ticker did not come along. */
+/* After fork, in the child: none of our threads came along, whatever they were doing. The child may restore and run the
+ * partition if it had not run, or close it. */
 void mv_after_fork(Partition *p)
 {
     p->ticker_alive = 0;
     p->ticker_wake = APIC_NEVER;
-    pthread_mutex_init(&p->ticker_lock, NULL);
-    pthread_mutex_init(&p->lock, NULL);
-    pthread_mutex_init(&p->dma_lock, NULL);
+    p->driving = p->running = p->idle = 0;
+    for (int i = 0; i < p->vcpu_count; i++)
+        p->vcpus[i].entered = p->vcpus[i].stop = 0;
+    make_locks(p);
 }
 
 void mv_set_cpuid(Partition *p, const CpuidEntry *entries, int count)

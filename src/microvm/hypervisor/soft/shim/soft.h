@@ -54,6 +54,7 @@ typedef struct Region {
     uint64_t gpa, size, hva, ram; /* ram: the engine's own address for the block (ram_addr_t) */
     uint32_t perms;
     uint8_t *dirty; /* one bit a page, or NULL when not tracked */
+    uint8_t *code;  /* one bit a page: it may hold translated code, so no TLB entry writes to it unseen */
     size_t hook;
 } Region;
 
@@ -125,6 +126,7 @@ typedef struct Partition {
     int cpuid_count;
     Callbacks callbacks;
     Counters counters;
+    uint32_t fills[3]; /* entries made in each TLB since it was last emptied */
     uint8_t fresh[ENV_SIZE] __attribute__((aligned(16))); /* processor state of a new engine */
 
     pthread_mutex_t lock; /* scheduling state below; never held while guest code runs */
@@ -170,7 +172,6 @@ void engine_request(Partition *p, uint32_t bits);
 void engine_unrequest(Partition *p, uint32_t bits);
 void engine_poke(Partition *p);
 void engine_flush_tlb(Partition *p);
-void engine_forget_code(Partition *p, uint64_t gpa, uint64_t size);
 int engine_map(Partition *p, Region *region);
 int engine_unmap(Partition *p, uint64_t gpa, uint64_t size, Region *region);
 int engine_map_hole(Partition *p, uint64_t gpa, uint64_t size);
@@ -186,6 +187,14 @@ int engine_can_interrupt(const uint8_t *env);
 int engine_interrupts_enabled(const uint8_t *env);
 int engine_same_address_space(const uint8_t *a, const uint8_t *b);
 uint64_t engine_rip(const uint8_t *env);
+
+/* tlb.c */
+extern __thread Partition *current __attribute__((tls_model("initial-exec"))); /* the engine this thread runs */
+int tlb_load(void *handle, const char **missing);
+void tlb_forget_code(Partition *p, Region *r, uint64_t gpa, uint64_t size);
+
+/* float.c */
+int float_load(void *handle, const char **missing);
 
 /* partition.c, called from the engine's helpers on the running thread */
 void partition_service(Partition *p);
