@@ -49,6 +49,17 @@ class CpuidEntry(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint32) for name in ("leaf", "subleaf", "eax", "ebx", "ecx", "edx"))
 
 
+class Exit(ctypes.Structure):
+    """`struct Exit` of soft.h: what a vCPU of a partition with exits stopped before."""
+
+    _fields_ = (
+        ("kind", ctypes.c_uint32),
+        ("size", ctypes.c_uint32),
+        ("address", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
+    )
+
+
 COUNTERS: Final = ("pio", "mmio", "doorbells", "latched", "hlt", "interrupts", "switches", "kicks")
 
 
@@ -119,6 +130,15 @@ def _declare(shim: ctypes.CDLL) -> None:
         "mv_callback_failed": (None, [p, i]),
         "mv_vcpu_registers_set": (None, [p, i]),
         "mv_counters": (p, [p]),
+        "mv_set_exits": (None, [p, i]),
+        "mv_vcpu_exit": (None, [p, i, p]),
+        "mv_vcpu_get": (None, [p, i, p]),
+        "mv_vcpu_set": (None, [p, i, p]),
+        "mv_vcpu_activity": (None, [p, i, p, i]),
+        "mv_vcpu_apic": (None, [p, i, p, i]),
+        "mv_vcpu_state": (p, [p, i]),
+        "mv_lock": (None, [p]),
+        "mv_unlock": (None, [p]),
         "mv_env_get": (None, [p, p]),
         "mv_env_set": (None, [p, p]),
         "mv_env_debug": (None, [p, p, i]),

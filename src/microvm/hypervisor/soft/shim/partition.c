@@ -383,6 +383,8 @@ void partition_timer_changed(Partition *p)
 
 static const uint8_t *state_of(const Partition *p, const Vcpu *v) { return v == p->loaded ? p->env : v->context; }
 
+uint8_t *partition_state(Partition *p, Vcpu *v) { return v == p->loaded ? p->env : v->context; }
+
 static int is_runnable(const Partition *p, const Vcpu *v)
 {
     if (!v->created || !LOAD(v->entered) || v->stop)
@@ -431,7 +433,7 @@ void partition_service(Partition *p)
     if (now >= p->next_due)
         expire_timers(p, now);
     int others = p->vcpu_count > 1 && others_runnable(p);
-    if (attention_wanted(p) || (others && (p->yield_wanted || now >= p->slice_end))) {
+    if (p->loaded->stop || attention_wanted(p) || (others && (p->yield_wanted || now >= p->slice_end))) {
         engine_stop(p);
         return;
     }
@@ -559,6 +561,8 @@ static void execute(Partition *p)
     int error = engine_run(p);
     pthread_mutex_lock(&p->lock);
     STORE(p->running, 0);
+    if (v->stop == STOP_EXIT && engine_halted(p)) /* HLT right behind the end of an interrupt that is to be told */
+        v->run_state = RUN_HALTED;
     if (!v->stop && error) {
         char text[120];
         snprintf(text, sizeof text, "the software CPU cannot go on at %#llx (engine error %d)",
@@ -609,6 +613,10 @@ int mv_vcpu_run(Partition *p, int index)
         return STOP_ENGINE;
     }
     ticker_start(p);
+    if (p->exits && exit_pending(v)) {
+        pthread_mutex_unlock(&p->lock);
+        return STOP_EXIT;
+    }
     STORE(v->entered, 1);
     engine_request(p, REQUEST_KICK); /* the driver may now have one more vCPU to run, asleep or running another */
     engine_poke(p);
@@ -741,7 +749,10 @@ static void apic_access(Partition *p, uint32_t offset, uint32_t value)
         partition_timer_changed(p);
         break;
     case APIC_EOI_BROADCAST:
-        p->callbacks.eoi((uint32_t)vector);
+        if (p->exits)
+            exit_end_of_interrupt(p, vector);
+        else
+            p->callbacks.eoi((uint32_t)vector);
         partition_rescan(p);
         break;
     }
@@ -919,6 +930,7 @@ Partition *mv_partition_new(int vcpus, uint32_t code_buffer, const Callbacks *ca
         v->partition = p;
         v->index = i;
         v->sipi_vector = -1;
+        v->exception = -1;
         v->run_state = i ? RUN_WAIT_SIPI : RUN_RUNNABLE;
         apic_reset(&v->apic, (uint32_t)i, i == 0);
         engine_reset_state(v->context, p->fresh);
