@@ -8,12 +8,14 @@ from a private copy, which the dynamic linker treats as another library.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import os
 import shutil
 import sys
 import tempfile
 import threading
+import zlib
 from pathlib import Path
 from typing import Final
 
@@ -101,6 +103,7 @@ def _declare(shim: ctypes.CDLL) -> None:
         "mv_load_library": (i, [text, text, size]),
         "mv_partition_new": (p, [i, u32, p, text, size]),
         "mv_partition_free": (None, [p]),
+        "mv_before_fork": (None, [p]),
         "mv_after_fork": (None, [p]),
         "mv_set_cpuid": (None, [p, p, i]),
         "mv_engine_cpuid": (None, [p, u32, u32, p]),
@@ -150,6 +153,14 @@ def _declare(shim: ctypes.CDLL) -> None:
         function = getattr(shim, name)
         function.restype = result
         function.argtypes = arguments
+
+
+@functools.cache
+def build_id() -> str:
+    """Tells apart builds of shim and engine. Raises BackendUnavailable."""
+    engine = engine_path()
+    shim = (_HERE / "_shim.so").read_bytes()
+    return f"{zlib.crc32(shim):08x}-{engine.parent.parent.name}-{engine.stat().st_size}"
 
 
 def load() -> ctypes.CDLL:

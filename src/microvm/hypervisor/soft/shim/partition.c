@@ -792,6 +792,11 @@ void partition_mmio_write(Partition *p, uint64_t gpa, uint32_t size, uint64_t va
 /* Not while a vCPU runs. Returns whether there was room. */
 int mv_doorbell(Partition *p, uint64_t gpa, uint32_t size, uint64_t value, int fd)
 {
+    for (int i = 0; i < p->doorbell_count; i++)
+        if (p->doorbells[i].gpa == gpa && p->doorbells[i].size == size && p->doorbells[i].value == value) {
+            p->doorbells[i].fd = fd;
+            return 1;
+        }
     if (p->doorbell_count == MV_MAX_DOORBELLS)
         return 0;
     p->doorbells[p->doorbell_count++] = (Doorbell){gpa, value, size, fd};
@@ -891,6 +896,18 @@ int partition_msr_write(Partition *p, uint32_t index, uint64_t value)
 
 int mv_load_library(const char *path, char *message, size_t size) { return engine_load(path, message, size); }
 
+static void ticker_stop(Partition *p)
+{
+    if (!p->ticker_alive)
+        return;
+    pthread_mutex_lock(&p->ticker_lock);
+    p->ticker_quit = 1;
+    pthread_cond_signal(&p->ticker_cond);
+    pthread_mutex_unlock(&p->ticker_lock);
+    pthread_join(p->ticker, NULL);
+    p->ticker_alive = 0;
+}
+
 static void make_locks(Partition *p)
 {
     pthread_condattr_t monotonic;
@@ -956,21 +973,27 @@ void mv_partition_free(Partition *p)
         }
     }
     pthread_mutex_unlock(&p->lock);
-    if (p->ticker_alive) {
-        pthread_mutex_lock(&p->ticker_lock);
-        p->ticker_quit = 1;
-        pthread_cond_signal(&p->ticker_cond);
-        pthread_mutex_unlock(&p->ticker_lock);
-        pthread_join(p->ticker, NULL);
-    }
+    ticker_stop(p);
     engine_close(p);
     for (int i = 0; i < p->region_count; i++)
         free_bitmaps(&p->regions[i]);
     free(p);
 }
 
-/* After fork, in the child: none of our threads came along, whatever they were doing. The child may restore and run the
- * partition if it had not run, or close it. */
+/* The ticker would not come along; while no vCPU runs it has nothing to do. The next mv_vcpu_run() makes a new one. */
+void mv_before_fork(Partition *p)
+{
+    pthread_mutex_lock(&p->lock);
+    int running = 0;
+    for (int i = 0; i < p->vcpu_count; i++)
+        running |= LOAD(p->vcpus[i].entered);
+    pthread_mutex_unlock(&p->lock);
+    if (!running)
+        ticker_stop(p);
+}
+
+/* After fork, in the child: none of our threads came along, whatever they were doing. The child may run the partition if
+ * no vCPU ran, or close it. */
 void mv_after_fork(Partition *p)
 {
     p->ticker_alive = 0;
