@@ -192,7 +192,10 @@ def _load() -> ctypes.CDLL:
             shim = ctypes.CDLL(str(shim_path), mode=os.RTLD_NOW | os.RTLD_GLOBAL)
         except OSError as error:
             raise _unavailable(str(error), "reinstall microvm") from error
-        _declare(shim)
+        try:
+            _declare(shim)
+        except AttributeError as error:
+            raise _unavailable(f"its shim is of another version ({error})", "reinstall microvm") from error
         message = ctypes.create_string_buffer(200)
         if shim.mv_load_library(os.fsencode(private or path), message, len(message)):
             raise _unavailable(message.value.decode(errors="replace"), "pip install 'microvm[soft]'")
