@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +19,7 @@ from microvm.hypervisor.base import PartitionConfig, Perm, Registers, Segment, S
 from microvm.memory import GuestMemory
 
 from .asm import Code
-from .machine import CODE, DATA, MMIO, PD, PORT_LOG, PORT_STOP, TSS, Machine
+from .machine import CODE, DATA, IDT, MMIO, PD, PORT_LOG, PORT_STOP, TSS, Machine
 
 
 @pytest.fixture
@@ -345,3 +349,83 @@ def test_real_mode_guest_without_interrupts_halts(machine: Machine) -> None:
     machine.memory.write(0x1000, b"\xfa\xf4")
     machine.vcpu.set_registers(registers)
     assert machine.vcpu.run(Bus()).reason == StopReason.HALTED
+
+
+def test_instruction_the_engine_gives_up_on_ends_the_guest_not_the_process() -> None:
+    """LOCK BTS of a register, which any user program can execute, makes the library's translator call abort()."""
+    program = """
+        import sys
+        from microvm.hypervisor import select
+        from tests.conformance.asm import Code
+        from tests.conformance.machine import CODE, Machine
+        with Machine(select.load("soft"), vcpus=2) as machine:
+            stop = machine.go(machine.long(Code(64, CODE).raw("f0 0f ab dd"), ring=3))
+            assert stop.reason == "crashed" and "cannot translate" in stop.detail, stop
+            assert machine.go(vcpu=machine.vcpus[1]).reason == "crashed"  # nothing runs on that engine again
+        with Machine(select.load("soft")) as machine:
+            machine.finish(machine.long(Code(64, CODE).mov("eax", 1).out(0x320, 4).hlt()))
+    """
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *filter(None, sys.path)])}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_vcpu_that_crashes_leaves_the_running_one_alone(soft: object) -> None:
+    """The registers of the crash are kept: fetching them must not exchange state under another vCPU's feet."""
+    for _ in range(20):
+        with Machine(soft, vcpus=2) as machine:  # type: ignore[arg-type]
+            busy = Code(64, CODE).mov("ecx", 30_000_000).label("again").dec("ecx").j("nz", "again").mov("eax", 7)
+            crashing = Code(64, 0xA000).mov("rdx", 0x1234).mov("ecx", 100_000)
+            crashing.label("spin").dec("ecx").j("nz", "spin").raw("0f 0b")
+            machine.memory.write(0xA000, crashing.build())
+            registers = machine.long(stop(busy))
+            other = machine.long(crashing)
+            other.idtr.limit = 0
+            machine.vcpus[1].set_registers(other)
+            saved = machine.vcpus[1].save()
+            saved = saved[:8] + (1).to_bytes(4, "little") + saved[12:]  # runnable without a SIPI
+            machine.vcpus[1].restore(saved)
+            machine.vcpu.set_registers(registers)
+            first, second = machine.spawn(0), machine.spawn(1)
+            crash = second.join()
+            assert crash.triple_fault
+            assert crash.registers is not None
+            assert crash.registers.rdx == 0x1234
+            assert first.join().reason == StopReason.KICKED
+            assert machine.stops == [7]
+
+
+def test_page_tables_outside_memory_translate_to_nothing(machine: Machine) -> None:
+    registers = machine.long(Code(64, CODE).raw("eb fe"))
+    registers.cr3 = MMIO
+    machine.vcpu.set_registers(registers)
+    assert machine.vcpu.translate(0x1234) is None
+
+
+ENDLESS = {
+    "page faults on the handler": (14, "", 0x80_0000_0000),
+    "invalid instructions in the handler": (6, "0f 0b", 0x9000),
+    "protection faults in the handler": (13, "b9 78 56 34 12 0f 32", 0x9000),  # rdmsr of what there is not
+    "breakpoints in the handler": (3, "cc", 0x9000),
+}
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_endless_exceptions_can_be_kicked(machine: Machine, what: str) -> None:
+    """Faults that deliver faults for ever, each on the same interrupt stack, so that none becomes a triple fault."""
+    vector, body, handler = ENDLESS[what]
+    machine.expected_faults = frozenset(range(32))
+    code = Code(64, CODE).mov("rbx", 0x80_0000_0000).raw("ff e3") if vector == 14 else Code(64, CODE).raw(body)
+    registers = machine.long(code)
+    if body:
+        machine.memory.write(handler, bytes.fromhex(body))
+    machine.gate(vector, handler, ist=1)
+    machine.memory.write(IDT + 16 * vector + 8, (handler >> 32).to_bytes(4, "little"))
+    running = machine.spawn(0, registers)
+    time.sleep(0.05)
+    begin = time.monotonic()
+    assert running.join(kick=True).reason == StopReason.KICKED
+    assert time.monotonic() - begin < 1

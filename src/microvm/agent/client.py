@@ -233,6 +233,14 @@ class AgentClient:
         """Mix up to 512 bytes of randomness into the guest's generator: clones must not draw the same numbers."""
         self.perform(op.simple(wire.RESEED, wire.random_seed() if seed is None else seed))
 
+    def renew(self, *, frozen_clock: bool = False) -> None:
+        """Make the guest, a copy, a machine of its own: clock (unless frozen), randomness, host name, machine id.
+
+        Nothing else should be asked of it before.
+        """
+        identity = wire.random_seed()[:16].hex()
+        self.perform(op.renew(0 if frozen_clock else time.time_ns(), f"microvm-{identity[:8]}", f"{identity}\n"))
+
     def sync(self) -> None:
         """Have the guest write everything to its disks."""
         self.perform(op.simple(wire.SYNC, b""))
