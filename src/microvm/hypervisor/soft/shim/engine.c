@@ -1060,6 +1060,8 @@ void mv_env_set(uint8_t *env, const uint64_t *flat)
     memcpy(env, flat, 16 * 8);
     U64(env, ENV_RIP) = flat[16];
     set_flags(env, flat[17] | 2);
+    /* On entry the engine takes the arithmetic and direction flags from here once more. */
+    U64(env, ENV_EFLAGS) |= flat[17] & (CC_MASK | FLAG_DF);
     for (int i = 0; i < 8; i++) {
         uint8_t *segment = i < 6 ? env + ENV_SEGS + 24 * i : i == 6 ? env + ENV_LDT : env + ENV_TR;
         U32(segment, 0) = (uint32_t)flat[18 + 3 * i] & 0xFFFF;
