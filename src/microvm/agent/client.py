@@ -115,6 +115,14 @@ class AgentClient:
         self._give_back(channel)
         return ready
 
+    def adopt(self, sock: socket.socket) -> None:
+        """Use ``sock``, which is connected to the agent and idle, for the next request."""
+        self._give_back(Channel(sock))
+
+    def release(self) -> socket.socket:
+        """Give up an idle connection, for somebody else's `adopt`. Raises ExecError where it cannot be had."""
+        return self._take().release()
+
     def run(
         self,
         argv: Sequence[wire.Text],

@@ -67,6 +67,7 @@ class MicroVM:
         self._lock = threading.RLock()
         self._state = State.BUILT
         self._owner = os.getpid()
+        self._end_listeners: list[Callable[[], None]] = []
         _tune_interpreter()
         self._machine = build(config, hypervisor, self._end, devices, _restored)
         self._threads = VcpuThreads(self._machine.vcpus, self._machine.bus, self._ended)
@@ -99,6 +100,25 @@ class MicroVM:
     def outcome(self) -> Outcome | None:
         """How it ended, or None while it has not."""
         return self._threads.outcome if self.state in (State.ENDED, State.CLOSED) else None
+
+    @property
+    def ending(self) -> tuple[Outcome | None, InternalError | None]:
+        """The outcome as soon as it is decided, and the bug of ours that decided it, if one did. Any thread."""
+        return self._threads.outcome, self._threads.error
+
+    def on_end(self, listener: Callable[[], None]) -> None:
+        """Call ``listener`` when the guest has ended, on a thread of the machine. It must not block or wait."""
+        self._end_listeners.append(listener)
+
+    @property
+    def can_fork(self) -> bool:
+        """Whether `park` works: the backend can fork, and no disk would be written to by two machines."""
+        return self._machine.partition.caps.fork and all(disk.read_only for disk in self.config.disks)
+
+    @property
+    def thread_count(self) -> int:
+        """How many Python threads the machine has while it runs."""
+        return len(self._machine.vcpus) + len(self._machine.reactors)
 
     @property
     def serial(self) -> Console:
@@ -310,7 +330,11 @@ class MicroVM:
 
     def _ended(self) -> None:
         """On the last vCPU thread: nothing will come from the guest any more."""
-        self._machine.quiesce()
+        try:
+            self._machine.quiesce()
+        finally:
+            for listener in self._end_listeners:
+                listener()
 
 
 _open_machines: weakref.WeakSet[MicroVM] = weakref.WeakSet()

@@ -102,6 +102,8 @@ class Reactor:
         self._event = Event()
         self._poller = Poller()
         self._poller.set(self._event.fd, READABLE)
+        for fd, watch in self._watches.items():
+            self._poller.set(fd, watch.mask())
         self._awake = True  # the first round looks at the calls without being told
         self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
         self._thread.start()
@@ -127,9 +129,6 @@ class Reactor:
                 raise StateError("the reactor was not suspended")
             self._suspending = self._stopping = False
             self._begin()
-            assert self._poller is not None
-            for fd, watch in self._watches.items():
-                self._poller.set(fd, watch.mask())
 
     def forget_all(self) -> None:
         """While suspended: watch nothing any more, and drop timers and calls. For the forked process."""

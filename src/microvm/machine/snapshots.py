@@ -214,9 +214,7 @@ def save(
         pages = everything if written is None else ranges.merge(origin.pages, written)
     fields = {name: getattr(description, name) for name in Description.__dataclass_fields__}
     with machine.memory.image as image:
-        identity = format.write(
-            path, fields, image, pages, parent=parent, durable=durable, step=step
-        )
+        identity = format.write(path, fields, image, pages, parent=parent, durable=durable, step=step)
     all_pages = ranges.merge(origin.pages, pages) if origin is not None else pages
     depth = origin.depth + 1 if parent is not None and origin is not None else 1
     return Origin(identity, Path(path).absolute(), all_pages, disks, depth)

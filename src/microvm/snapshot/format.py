@@ -72,7 +72,9 @@ class Header:
         version = int.from_bytes(data[8:12], "little")
         if version != VERSION:
             how = "a newer" if version > VERSION else "another"
-            raise SnapshotError(f"{name} was saved by {how} version of microvm (format {version}, this reads {VERSION})")
+            raise SnapshotError(
+                f"{name} was saved by {how} version of microvm (format {version}, this reads {VERSION})"
+            )
         if len(data) < HEADER.size:
             raise SnapshotError(f"{name} is truncated")
         _, _, _, size, description, table, memory_at, memory, written, identity, _ = HEADER.unpack_from(data)
@@ -328,7 +330,9 @@ def write(
         if durable:
             _sync_directory(path.parent)
     except OSError as error:
-        raise HostError("write", error.errno or 0, f"snapshot {path}: {(error.strerror or str(error)).lower()}") from error
+        raise HostError(
+            "write", error.errno or 0, f"snapshot {path}: {(error.strerror or str(error)).lower()}"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -370,9 +374,7 @@ def _present(memory: memoryview, pages: Ranges) -> Ranges:
     return ranges.merge(found)
 
 
-def _write_memory(
-    file: Any, memory_at: int, memory: memoryview, pages: Ranges, tell: Callable[[str], None]
-) -> str:
+def _write_memory(file: Any, memory_at: int, memory: memoryview, pages: Ranges, tell: Callable[[str], None]) -> str:
     digest = hashlib.blake2b(digest_size=32)
     for at, size in _chunks(pages):
         piece = bytes(memory[at : at + size])  # once: what is hashed is what is written

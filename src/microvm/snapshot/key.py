@@ -33,7 +33,9 @@ def load() -> bytes:
         key = _read(path)
         return _create(path) if key is None else key
     except OSError as error:
-        raise HostError("open", error.errno or 0, f"the snapshot key {path} cannot be used: {error.strerror}") from error
+        raise HostError(
+            "open", error.errno or 0, f"the snapshot key {path} cannot be used: {error.strerror}"
+        ) from error
 
 
 def _read(path: Path) -> bytes | None:
