@@ -8,12 +8,14 @@ from a private copy, which the dynamic linker treats as another library.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import os
 import shutil
 import sys
 import tempfile
 import threading
+import zlib
 from pathlib import Path
 from typing import Final
 
@@ -47,6 +49,17 @@ class CpuidEntry(ctypes.Structure):
     """`struct CpuidEntry` of soft.h."""
 
     _fields_ = tuple((name, ctypes.c_uint32) for name in ("leaf", "subleaf", "eax", "ebx", "ecx", "edx"))
+
+
+class Exit(ctypes.Structure):
+    """`struct Exit` of soft.h: what a vCPU of a partition with exits stopped before."""
+
+    _fields_ = (
+        ("kind", ctypes.c_uint32),
+        ("size", ctypes.c_uint32),
+        ("address", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
+    )
 
 
 COUNTERS: Final = ("pio", "mmio", "doorbells", "latched", "hlt", "interrupts", "switches", "kicks")
@@ -90,6 +103,7 @@ def _declare(shim: ctypes.CDLL) -> None:
         "mv_load_library": (i, [text, text, size]),
         "mv_partition_new": (p, [i, u32, p, text, size]),
         "mv_partition_free": (None, [p]),
+        "mv_before_fork": (None, [p]),
         "mv_after_fork": (None, [p]),
         "mv_set_cpuid": (None, [p, p, i]),
         "mv_engine_cpuid": (None, [p, u32, u32, p]),
@@ -119,6 +133,15 @@ def _declare(shim: ctypes.CDLL) -> None:
         "mv_callback_failed": (None, [p, i]),
         "mv_vcpu_registers_set": (None, [p, i]),
         "mv_counters": (p, [p]),
+        "mv_set_exits": (None, [p, i]),
+        "mv_vcpu_exit": (None, [p, i, p]),
+        "mv_vcpu_get": (None, [p, i, p]),
+        "mv_vcpu_set": (None, [p, i, p]),
+        "mv_vcpu_activity": (None, [p, i, p, i]),
+        "mv_vcpu_apic": (None, [p, i, p, i]),
+        "mv_vcpu_state": (p, [p, i]),
+        "mv_lock": (None, [p]),
+        "mv_unlock": (None, [p]),
         "mv_env_get": (None, [p, p]),
         "mv_env_set": (None, [p, p]),
         "mv_env_debug": (None, [p, p, i]),
@@ -130,6 +153,14 @@ def _declare(shim: ctypes.CDLL) -> None:
         function = getattr(shim, name)
         function.restype = result
         function.argtypes = arguments
+
+
+@functools.cache
+def build_id() -> str:
+    """Tells apart builds of shim and engine. Raises BackendUnavailable."""
+    engine = engine_path()
+    shim = (_HERE / "_shim.so").read_bytes()
+    return f"{zlib.crc32(shim):08x}-{engine.parent.parent.name}-{engine.stat().st_size}"
 
 
 def load() -> ctypes.CDLL:
@@ -161,7 +192,10 @@ def _load() -> ctypes.CDLL:
             shim = ctypes.CDLL(str(shim_path), mode=os.RTLD_NOW | os.RTLD_GLOBAL)
         except OSError as error:
             raise _unavailable(str(error), "reinstall microvm") from error
-        _declare(shim)
+        try:
+            _declare(shim)
+        except AttributeError as error:
+            raise _unavailable(f"its shim is of another version ({error})", "reinstall microvm") from error
         message = ctypes.create_string_buffer(200)
         if shim.mv_load_library(os.fsencode(private or path), message, len(message)):
             raise _unavailable(message.value.decode(errors="replace"), "pip install 'microvm[soft]'")

@@ -38,6 +38,7 @@
 #define CPU_EXIT_REQUEST 21
 #define CPU_INTERRUPT_REQUEST 28
 #define CPU_ENV_PTR 296
+#define CPU_MEM_IO_PC 33144 /* where in the translated code the access to MMIO is */
 #define CPU_HALTED 33176
 #define CPU_EXCEPTION_INDEX 33184
 #define CPU_UC 33192
@@ -368,6 +369,8 @@ static void abandon(uintptr_t ra)
         if (!OURS(env))                                                                                               \
             return lib.old_in[slot](env, port);                                                                       \
         check_io(env, port & 0xFFFF, bytes, CALLER);                                                                  \
+        if (exit_before(current, EXIT_PIO_READ, port & 0xFFFF, bytes, 0))                                             \
+            abandon(CALLER);                                                                                          \
         type value = (type)partition_pio_read(current, port & 0xFFFF, bytes);                                         \
         if (partition_callback_failed(current))                                                                       \
             abandon(CALLER);                                                                                          \
@@ -381,6 +384,8 @@ static void abandon(uintptr_t ra)
             return;                                                                                                   \
         }                                                                                                             \
         check_io(env, port & 0xFFFF, bytes, CALLER);                                                                  \
+        if (exit_before(current, EXIT_PIO_WRITE, port & 0xFFFF, bytes, (type)value))                                  \
+            abandon(CALLER);                                                                                          \
         partition_pio_write(current, port & 0xFFFF, bytes, (type)value);                                              \
         if (partition_callback_failed(current))                                                                       \
             abandon(CALLER);                                                                                          \
@@ -397,8 +402,11 @@ __attribute__((visibility("default"))) void helper_rdmsr_x86_64(uint8_t *env)
         return;
     }
     uint64_t value = 0;
-    if (!engine_msr_read(current, (uint32_t)U64(env, RCX * 8), &value))
+    if (!engine_msr_read(current, (uint32_t)U64(env, RCX * 8), &value)) {
+        if (exit_before(current, EXIT_MSR_READ, (uint32_t)U64(env, RCX * 8), 8, 0))
+            abandon(CALLER);
         lib.raise_err_ra(env, GP_FAULT, 0, 0);
+    }
     U64(env, RAX * 8) = (uint32_t)value;
     U64(env, RDX * 8) = value >> 32;
 }
@@ -410,8 +418,11 @@ __attribute__((visibility("default"))) void helper_wrmsr_x86_64(uint8_t *env)
         return;
     }
     uint64_t value = (uint32_t)U64(env, RAX * 8) | U64(env, RDX * 8) << 32;
-    if (!engine_msr_write(current, (uint32_t)U64(env, RCX * 8), value))
+    if (!engine_msr_write(current, (uint32_t)U64(env, RCX * 8), value)) {
+        if (exit_before(current, EXIT_MSR_WRITE, (uint32_t)U64(env, RCX * 8), 8, value))
+            abandon(CALLER);
         lib.raise_err_ra(env, GP_FAULT, 0, 0);
+    }
 }
 
 static void read_tsc(uint8_t *env, uintptr_t ra)
@@ -593,6 +604,10 @@ static int exec_interrupt(uint8_t *cpu, int request)
             return 0;
     }
     uint8_t *env = p->env;
+    int exception;
+    uint32_t code;
+    if (exit_take_exception(p, &exception, &code))
+        lib.raise_err_ra(env, exception, (int)code, 0);
     if (!(U32(env, ENV_HFLAGS2) & HF2_NMI) && partition_take_nmi(p)) {
         U32(env, ENV_HFLAGS2) |= HF2_NMI;
         lib.hardirq(env, 2, 1);
@@ -615,14 +630,19 @@ static uint64_t on_mmio_read(uint8_t *uc, uint64_t offset, unsigned size, void *
     (void)uc;
     if (!current)
         return 0; /* the host walks page tables that the guest has put outside memory: nothing is mapped there */
+    if (exit_before(current, EXIT_MMIO_READ, (uint64_t)(uintptr_t)base + offset, size, 0))
+        abandon(U64(current->cpu, CPU_MEM_IO_PC));
     return partition_mmio_read(current, (uint64_t)(uintptr_t)base + offset, size);
 }
 
 static void on_mmio_write(uint8_t *uc, uint64_t offset, unsigned size, uint64_t value, void *base)
 {
     (void)uc;
-    if (current)
-        partition_mmio_write(current, (uint64_t)(uintptr_t)base + offset, size, value);
+    if (!current)
+        return;
+    if (exit_before(current, EXIT_MMIO_WRITE, (uint64_t)(uintptr_t)base + offset, size, value))
+        abandon(U64(current->cpu, CPU_MEM_IO_PC));
+    partition_mmio_write(current, (uint64_t)(uintptr_t)base + offset, size, value);
 }
 
 /* A store to a read-only mapping goes to the bus; returning true lets the engine go on (and drop it). */
@@ -630,6 +650,8 @@ static int on_write_protected(uint8_t *uc, int type, uint64_t gpa, int size, int
 {
     (void)uc;
     (void)type;
+    if (exit_before((Partition *)data, EXIT_MMIO_WRITE, gpa, (uint32_t)size, (uint64_t)value))
+        return 0; /* the engine then leaves the instruction undone */
     partition_mmio_write((Partition *)data, gpa, (uint32_t)size, (uint64_t)value);
     return 1;
 }
@@ -1038,6 +1060,8 @@ void mv_env_set(uint8_t *env, const uint64_t *flat)
     memcpy(env, flat, 16 * 8);
     U64(env, ENV_RIP) = flat[16];
     set_flags(env, flat[17] | 2);
+    /* On entry the engine takes the arithmetic and direction flags from here once more. */
+    U64(env, ENV_EFLAGS) |= flat[17] & (CC_MASK | FLAG_DF);
     for (int i = 0; i < 8; i++) {
         uint8_t *segment = i < 6 ? env + ENV_SEGS + 24 * i : i == 6 ? env + ENV_LDT : env + ENV_TR;
         U32(segment, 0) = (uint32_t)flat[18 + 3 * i] & 0xFFFF;
@@ -1111,3 +1135,7 @@ void mv_engine_cpuid(Partition *p, uint32_t leaf, uint32_t subleaf, uint32_t out
 {
     lib.cpuid(p->env, leaf, subleaf, &out[0], &out[1], &out[2], &out[3]);
 }
+
+uint32_t *engine_hidden_flags(uint8_t *env, int second) { return &U32(env, second ? ENV_HFLAGS2 : ENV_HFLAGS); }
+
+void engine_set_fault_address(uint8_t *env, uint64_t gva) { U64(env, ENV_CR + 16) = gva; }
