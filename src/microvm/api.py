@@ -28,6 +28,7 @@ from .agent.process import Process
 from .agent.protocol import PORT, FileInfo, GuestInfo, GuestPath, Ready, Text
 from .errors import BootError, CommandFailed, ConfigError, ExecError, ExecTimeout, MicroVMError, StateError, WorkerError
 from .machine.config import DiskConfig, MachineConfig
+from .machine.outcome import End
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -301,10 +302,18 @@ class Sandbox:
         """
         client, machine = self._agent(), self._machine
         assert machine is not None
-        client.shutdown(grace_s=min(2.0, timeout / 2))
-        outcome = machine.wait(timeout)
-        self.close()
-        return outcome
+        try:
+            try:
+                client.shutdown(grace_s=min(2.0, timeout / 2))
+            except ExecError:
+                # A guest with nothing to end can be gone before its answer is on the way. Is it gone?
+                outcome = machine.wait(min(1.0, timeout))
+                if outcome is None or outcome.kind not in (End.POWERED_OFF, End.RESET):
+                    raise
+                return outcome
+            return machine.wait(timeout)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """End the guest at once and free everything: threads, descriptors, memory. Idempotent."""

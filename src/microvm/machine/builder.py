@@ -201,6 +201,7 @@ class Machine:
         self.bus.map_mmio(place.gpa, place.size, transport)
         slot = Slot(transport, place, reactor)
         self.slots.append(slot)
+        self._resources.callback(_let_go, device)
         return slot
 
     @property
@@ -320,6 +321,12 @@ class Machine:
             error = InternalError(f"{type(cause).__name__}: {cause}")
             error.__cause__ = cause
         self._end(Outcome(End.CRASHED, "internal error"), error)
+
+
+def _let_go(device: VirtioDevice) -> None:
+    """Drop what the device holds of guest memory, so that closing the memory frees it at once."""
+    with device.lock:
+        device.reset()
 
 
 def _drain(transport: VirtioMmio) -> None:

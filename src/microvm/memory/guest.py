@@ -277,8 +277,9 @@ class GuestMemory:
             try:
                 mapping.close()
             except BufferError:
-                # A view is still held, by a device that has not been torn down; the pages go with the last one.
-                pass
+                # A view is still held by somebody: the addresses stay until it goes, the memory does not.
+                if sys.platform != "win32":
+                    mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def _union(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

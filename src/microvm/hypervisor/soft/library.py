@@ -51,6 +51,17 @@ class CpuidEntry(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint32) for name in ("leaf", "subleaf", "eax", "ebx", "ecx", "edx"))
 
 
+class Exit(ctypes.Structure):
+    """`struct Exit` of soft.h: what a vCPU of a partition with exits stopped before."""
+
+    _fields_ = (
+        ("kind", ctypes.c_uint32),
+        ("size", ctypes.c_uint32),
+        ("address", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
+    )
+
+
 COUNTERS: Final = ("pio", "mmio", "doorbells", "latched", "hlt", "interrupts", "switches", "kicks")
 
 
@@ -111,6 +122,7 @@ def _declare(shim: ctypes.CDLL) -> None:
         "mv_vcpu_run": (i, [p, i]),
         "mv_vcpu_kick": (None, [p, i]),
         "mv_vcpu_detail": (text, [p, i]),
+        "mv_vcpu_crashed": (ctypes.POINTER(u64), [p, i]),
         "mv_vcpu_env": (p, [p, i]),
         "mv_vcpu_msr": (i, [p, i, u32, p, i]),
         "mv_vcpu_translate": (i64, [p, i, u64]),
@@ -121,6 +133,15 @@ def _declare(shim: ctypes.CDLL) -> None:
         "mv_callback_failed": (None, [p, i]),
         "mv_vcpu_registers_set": (None, [p, i]),
         "mv_counters": (p, [p]),
+        "mv_set_exits": (None, [p, i]),
+        "mv_vcpu_exit": (None, [p, i, p]),
+        "mv_vcpu_get": (None, [p, i, p]),
+        "mv_vcpu_set": (None, [p, i, p]),
+        "mv_vcpu_activity": (None, [p, i, p, i]),
+        "mv_vcpu_apic": (None, [p, i, p, i]),
+        "mv_vcpu_state": (p, [p, i]),
+        "mv_lock": (None, [p]),
+        "mv_unlock": (None, [p]),
         "mv_env_get": (None, [p, p]),
         "mv_env_set": (None, [p, p]),
         "mv_env_debug": (None, [p, p, i]),
@@ -171,7 +192,10 @@ def _load() -> ctypes.CDLL:
             shim = ctypes.CDLL(str(shim_path), mode=os.RTLD_NOW | os.RTLD_GLOBAL)
         except OSError as error:
             raise _unavailable(str(error), "reinstall microvm") from error
-        _declare(shim)
+        try:
+            _declare(shim)
+        except AttributeError as error:
+            raise _unavailable(f"its shim is of another version ({error})", "reinstall microvm") from error
         message = ctypes.create_string_buffer(200)
         if shim.mv_load_library(os.fsencode(private or path), message, len(message)):
             raise _unavailable(message.value.decode(errors="replace"), "pip install 'microvm[soft]'")

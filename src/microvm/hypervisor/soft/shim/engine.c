@@ -19,6 +19,8 @@
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <elf.h>
+#include <link.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -36,6 +38,7 @@
 #define CPU_EXIT_REQUEST 21
 #define CPU_INTERRUPT_REQUEST 28
 #define CPU_ENV_PTR 296
+#define CPU_MEM_IO_PC 33144 /* where in the translated code the access to MMIO is */
 #define CPU_HALTED 33176
 #define CPU_EXCEPTION_INDEX 33184
 #define CPU_UC 33192
@@ -184,6 +187,62 @@ struct symbol {
     const char *name;
 };
 
+/* The library ends the process where it finds itself inconsistent, and a guest can bring that about with instructions
+ * its translator does not foresee. Its calls of abort() and exit() come here instead: the C library stands before us
+ * in the order of lookup, so interposition does not reach these two, but their slots in the library's table of imports
+ * are data. The engine is left as it stands, by a jump past all of its frames, and never runs again. */
+static void gave_up(void)
+{
+    Partition *p = current;
+    if (!p)
+        abort();
+    p->broken = 1;
+    partition_crash(p, STOP_ABORT, "the software CPU met an instruction that it cannot translate");
+    longjmp(p->escape, 1);
+}
+
+static void gave_up_with(int status)
+{
+    if (!current)
+        exit(status);
+    gave_up();
+}
+
+static int redirect_aborts(void *handle)
+{
+    struct link_map *map;
+    const Elf64_Rela *entries = NULL;
+    const Elf64_Sym *symbols = NULL;
+    const char *names = NULL;
+    uint64_t size = 0;
+    int found = 0;
+    if (dlinfo(handle, RTLD_DI_LINKMAP, &map))
+        return -1;
+    for (const Elf64_Dyn *d = map->l_ld; d->d_tag != DT_NULL; d++) {
+        if (d->d_tag == DT_JMPREL)
+            entries = (const Elf64_Rela *)d->d_un.d_ptr;
+        else if (d->d_tag == DT_PLTRELSZ)
+            size = d->d_un.d_val;
+        else if (d->d_tag == DT_SYMTAB)
+            symbols = (const Elf64_Sym *)d->d_un.d_ptr;
+        else if (d->d_tag == DT_STRTAB)
+            names = (const char *)d->d_un.d_ptr;
+    }
+    if (!entries || !symbols || !names)
+        return -1;
+    for (uint64_t i = 0; i < size / sizeof *entries; i++) {
+        const char *name = names + symbols[ELF64_R_SYM(entries[i].r_info)].st_name;
+        void **slot = (void **)(map->l_addr + entries[i].r_offset);
+        if (!strcmp(name, "abort")) {
+            *slot = (void *)gave_up;
+            found++;
+        } else if (!strcmp(name, "exit")) {
+            *slot = (void *)gave_up_with;
+        }
+    }
+    return found ? 0 : -1;
+}
+
 int engine_load(const char *library, char *message, size_t size)
 {
     const struct symbol symbols[] = {
@@ -265,6 +324,11 @@ int engine_load(const char *library, char *message, size_t size)
         dlclose(handle);
         return -1;
     }
+    if (redirect_aborts(handle)) {
+        snprintf(message, size, "this build of the unicorn library does not show its imports");
+        dlclose(handle);
+        return -1;
+    }
     lib.handle = handle;
     return 0;
 }
@@ -305,6 +369,8 @@ static void abandon(uintptr_t ra)
         if (!OURS(env))                                                                                               \
             return lib.old_in[slot](env, port);                                                                       \
         check_io(env, port & 0xFFFF, bytes, CALLER);                                                                  \
+        if (exit_before(current, EXIT_PIO_READ, port & 0xFFFF, bytes, 0))                                             \
+            abandon(CALLER);                                                                                          \
         type value = (type)partition_pio_read(current, port & 0xFFFF, bytes);                                         \
         if (partition_callback_failed(current))                                                                       \
             abandon(CALLER);                                                                                          \
@@ -318,6 +384,8 @@ static void abandon(uintptr_t ra)
             return;                                                                                                   \
         }                                                                                                             \
         check_io(env, port & 0xFFFF, bytes, CALLER);                                                                  \
+        if (exit_before(current, EXIT_PIO_WRITE, port & 0xFFFF, bytes, (type)value))                                  \
+            abandon(CALLER);                                                                                          \
         partition_pio_write(current, port & 0xFFFF, bytes, (type)value);                                              \
         if (partition_callback_failed(current))                                                                       \
             abandon(CALLER);                                                                                          \
@@ -334,8 +402,11 @@ __attribute__((visibility("default"))) void helper_rdmsr_x86_64(uint8_t *env)
         return;
     }
     uint64_t value = 0;
-    if (!engine_msr_read(current, (uint32_t)U64(env, RCX * 8), &value))
+    if (!engine_msr_read(current, (uint32_t)U64(env, RCX * 8), &value)) {
+        if (exit_before(current, EXIT_MSR_READ, (uint32_t)U64(env, RCX * 8), 8, 0))
+            abandon(CALLER);
         lib.raise_err_ra(env, GP_FAULT, 0, 0);
+    }
     U64(env, RAX * 8) = (uint32_t)value;
     U64(env, RDX * 8) = value >> 32;
 }
@@ -347,8 +418,11 @@ __attribute__((visibility("default"))) void helper_wrmsr_x86_64(uint8_t *env)
         return;
     }
     uint64_t value = (uint32_t)U64(env, RAX * 8) | U64(env, RDX * 8) << 32;
-    if (!engine_msr_write(current, (uint32_t)U64(env, RCX * 8), value))
+    if (!engine_msr_write(current, (uint32_t)U64(env, RCX * 8), value)) {
+        if (exit_before(current, EXIT_MSR_WRITE, (uint32_t)U64(env, RCX * 8), 8, value))
+            abandon(CALLER);
         lib.raise_err_ra(env, GP_FAULT, 0, 0);
+    }
 }
 
 static void read_tsc(uint8_t *env, uintptr_t ra)
@@ -530,6 +604,10 @@ static int exec_interrupt(uint8_t *cpu, int request)
             return 0;
     }
     uint8_t *env = p->env;
+    int exception;
+    uint32_t code;
+    if (exit_take_exception(p, &exception, &code))
+        lib.raise_err_ra(env, exception, (int)code, 0);
     if (!(U32(env, ENV_HFLAGS2) & HF2_NMI) && partition_take_nmi(p)) {
         U32(env, ENV_HFLAGS2) |= HF2_NMI;
         lib.hardirq(env, 2, 1);
@@ -550,12 +628,20 @@ static int exec_interrupt(uint8_t *cpu, int request)
 static uint64_t on_mmio_read(uint8_t *uc, uint64_t offset, unsigned size, void *base)
 {
     (void)uc;
+    if (!current)
+        return 0; /* the host walks page tables that the guest has put outside memory: nothing is mapped there */
+    if (exit_before(current, EXIT_MMIO_READ, (uint64_t)(uintptr_t)base + offset, size, 0))
+        abandon(U64(current->cpu, CPU_MEM_IO_PC));
     return partition_mmio_read(current, (uint64_t)(uintptr_t)base + offset, size);
 }
 
 static void on_mmio_write(uint8_t *uc, uint64_t offset, unsigned size, uint64_t value, void *base)
 {
     (void)uc;
+    if (!current)
+        return;
+    if (exit_before(current, EXIT_MMIO_WRITE, (uint64_t)(uintptr_t)base + offset, size, value))
+        abandon(U64(current->cpu, CPU_MEM_IO_PC));
     partition_mmio_write(current, (uint64_t)(uintptr_t)base + offset, size, value);
 }
 
@@ -564,6 +650,8 @@ static int on_write_protected(uint8_t *uc, int type, uint64_t gpa, int size, int
 {
     (void)uc;
     (void)type;
+    if (exit_before((Partition *)data, EXIT_MMIO_WRITE, gpa, (uint32_t)size, (uint64_t)value))
+        return 0; /* the engine then leaves the instruction undone */
     partition_mmio_write((Partition *)data, gpa, (uint32_t)size, (uint64_t)value);
     return 1;
 }
@@ -657,7 +745,7 @@ void engine_close(Partition *p)
 int engine_run(Partition *p)
 {
     current = p;
-    int error = lib.emu_start(p->uc, U64(p->env, ENV_RIP), 0, 0, 0);
+    int error = setjmp(p->escape) ? 0 : lib.emu_start(p->uc, U64(p->env, ENV_RIP), 0, 0, 0);
     current = NULL;
     return error;
 }
@@ -943,8 +1031,6 @@ uint64_t engine_rip(const uint8_t *env) { return CONST_U64(env, ENV_RIP); }
 
 /* ---- registers for Python: a flat array, order as in hypervisor/soft/registers.py ---- */
 
-#define FLAT_WORDS (16 + 2 + 8 * 3 + 2 * 2 + 6)
-
 void mv_env_get(uint8_t *env, uint64_t *flat)
 {
     memcpy(flat, env, 16 * 8);
@@ -974,6 +1060,8 @@ void mv_env_set(uint8_t *env, const uint64_t *flat)
     memcpy(env, flat, 16 * 8);
     U64(env, ENV_RIP) = flat[16];
     set_flags(env, flat[17] | 2);
+    /* On entry the engine takes the arithmetic and direction flags from here once more. */
+    U64(env, ENV_EFLAGS) |= flat[17] & (CC_MASK | FLAG_DF);
     for (int i = 0; i < 8; i++) {
         uint8_t *segment = i < 6 ? env + ENV_SEGS + 24 * i : i == 6 ? env + ENV_LDT : env + ENV_TR;
         U32(segment, 0) = (uint32_t)flat[18 + 3 * i] & 0xFFFF;
@@ -1047,3 +1135,7 @@ void mv_engine_cpuid(Partition *p, uint32_t leaf, uint32_t subleaf, uint32_t out
 {
     lib.cpuid(p->env, leaf, subleaf, &out[0], &out[1], &out[2], &out[3]);
 }
+
+uint32_t *engine_hidden_flags(uint8_t *env, int second) { return &U32(env, second ? ENV_HFLAGS2 : ENV_HFLAGS); }
+
+void engine_set_fault_address(uint8_t *env, uint64_t gva) { U64(env, ENV_CR + 16) = gva; }

@@ -187,6 +187,13 @@ static int seal(Partition *p)
     return 0;
 }
 
+static void free_bitmaps(Region *r)
+{
+    free(r->dirty);
+    free(r->code);
+    free(r->written);
+}
+
 /* Returns 0, -1 when full or overlapping, or the engine's error code. */
 int mv_map(Partition *p, uint64_t gpa, uint64_t hva, uint64_t size, uint32_t perms, int track)
 {
@@ -209,13 +216,16 @@ int mv_map(Partition *p, uint64_t gpa, uint64_t hva, uint64_t size, uint32_t per
         p->tracking = 1;
     }
     r->code = calloc(1, size / MV_PAGE / 8 + 8);
-    int error = r->code ? engine_map(p, r) : -1;
+    r->written = calloc(1, size / MV_PAGE / 8 + 8);
+    r->written_low = UINT64_MAX;
+    int error = r->code && r->written ? engine_map(p, r) : -1;
     if (error) {
-        free(r->dirty);
-        free(r->code);
+        free_bitmaps(r);
         return error;
     }
+    pthread_mutex_lock(&p->dma_lock);
     p->region_count++;
+    pthread_mutex_unlock(&p->dma_lock);
     return 0;
 }
 
@@ -228,9 +238,10 @@ int mv_unmap(Partition *p, uint64_t gpa, uint64_t size)
         unseal(p);
         tlb_forget_code(p, r, gpa, size);
         int error = engine_unmap(p, gpa, size, r);
-        free(r->dirty);
-        free(r->code);
+        pthread_mutex_lock(&p->dma_lock);
+        free_bitmaps(r);
         *r = p->regions[--p->region_count];
+        pthread_mutex_unlock(&p->dma_lock);
         engine_flush_tlb(p);
         return error;
     }
@@ -254,22 +265,14 @@ int mv_dirty(Partition *p, uint64_t gpa, uint64_t size, uint8_t *bitmap)
 void mv_dma(Partition *p, uint64_t gpa, uint64_t size)
 {
     pthread_mutex_lock(&p->dma_lock);
-    uint64_t end = (gpa + size + MV_PAGE - 1) & ~(MV_PAGE - 1);
-    gpa &= ~(MV_PAGE - 1);
-    int n = p->dma_count;
-    if (n && p->dma[n - 1].gpa <= gpa && gpa <= p->dma[n - 1].gpa + p->dma[n - 1].size) {
-        if (end > p->dma[n - 1].gpa + p->dma[n - 1].size)
-            p->dma[n - 1].size = end - p->dma[n - 1].gpa;
-    } else if (n == MV_DMA_QUEUE) { /* full: one range that covers the last and this one */
-        uint64_t low = p->dma[n - 1].gpa < gpa ? p->dma[n - 1].gpa : gpa;
-        uint64_t high = p->dma[n - 1].gpa + p->dma[n - 1].size > end ? p->dma[n - 1].gpa + p->dma[n - 1].size : end;
-        p->dma[n - 1].gpa = low;
-        p->dma[n - 1].size = high - low;
-    } else {
-        p->dma[n].gpa = gpa;
-        p->dma[n].size = end - gpa;
-        STORE(p->dma_count, n + 1);
+    for (int i = 0; i < p->region_count && size; i++) {
+        Region *r = &p->regions[i];
+        uint64_t from = gpa > r->gpa ? gpa : r->gpa;
+        uint64_t to = gpa + size < r->gpa + r->size ? gpa + size : r->gpa + r->size;
+        if (from < to)
+            tlb_note_written(r, (from - r->gpa) / MV_PAGE, (to - 1 - r->gpa) / MV_PAGE);
     }
+    STORE(p->dma_pending, 1);
     pthread_mutex_unlock(&p->dma_lock);
     /* Before the caller tells the guest: a guest that polls for completion meets the next block start first. */
     engine_request(p, REQUEST_KICK);
@@ -278,20 +281,12 @@ void mv_dma(Partition *p, uint64_t gpa, uint64_t size)
 
 static void drain_dma(Partition *p)
 {
-    if (!LOAD(p->dma_count))
+    if (!LOAD(p->dma_pending))
         return;
     pthread_mutex_lock(&p->dma_lock);
-    for (int i = 0; i < p->dma_count; i++) {
-        uint64_t gpa = p->dma[i].gpa, end = gpa + p->dma[i].size;
-        for (int k = 0; k < p->region_count; k++) {
-            Region *r = &p->regions[k];
-            uint64_t from = gpa > r->gpa ? gpa : r->gpa;
-            uint64_t to = end < r->gpa + r->size ? end : r->gpa + r->size;
-            if (from < to)
-                tlb_forget_code(p, r, from, to - from);
-        }
-    }
-    STORE(p->dma_count, 0);
+    STORE(p->dma_pending, 0);
+    for (int i = 0; i < p->region_count; i++)
+        tlb_forget_written(p, &p->regions[i]);
     pthread_mutex_unlock(&p->dma_lock);
 }
 
@@ -388,6 +383,8 @@ void partition_timer_changed(Partition *p)
 
 static const uint8_t *state_of(const Partition *p, const Vcpu *v) { return v == p->loaded ? p->env : v->context; }
 
+uint8_t *partition_state(Partition *p, Vcpu *v) { return v == p->loaded ? p->env : v->context; }
+
 static int is_runnable(const Partition *p, const Vcpu *v)
 {
     if (!v->created || !LOAD(v->entered) || v->stop)
@@ -436,7 +433,7 @@ void partition_service(Partition *p)
     if (now >= p->next_due)
         expire_timers(p, now);
     int others = p->vcpu_count > 1 && others_runnable(p);
-    if (attention_wanted(p) || (others && (p->yield_wanted || now >= p->slice_end))) {
+    if (p->loaded->stop || attention_wanted(p) || (others && (p->yield_wanted || now >= p->slice_end))) {
         engine_stop(p);
         return;
     }
@@ -524,7 +521,9 @@ static void take_kicks(Partition *p)
     int any = 0;
     for (int i = 0; i < p->vcpu_count; i++) {
         Vcpu *v = &p->vcpus[i];
-        if (v->entered && !v->stop && LOAD(p->callback_failed))
+        if (v->entered && !v->stop && p->broken)
+            v->stop = STOP_ABORT;
+        else if (v->entered && !v->stop && LOAD(p->callback_failed))
             v->stop = STOP_CALLBACK;
         else if (v->entered && !v->stop && TAKE(v->kicked, 0))
             v->stop = STOP_KICKED;
@@ -562,17 +561,19 @@ static void execute(Partition *p)
     int error = engine_run(p);
     pthread_mutex_lock(&p->lock);
     STORE(p->running, 0);
-    if (v->stop)
-        return;
-    if (error) {
+    if (v->stop == STOP_EXIT && engine_halted(p)) /* HLT right behind the end of an interrupt that is to be told */
+        v->run_state = RUN_HALTED;
+    if (!v->stop && error) {
         char text[120];
         snprintf(text, sizeof text, "the software CPU cannot go on at %#llx (engine error %d)",
                  (unsigned long long)engine_rip(p->env), error);
         partition_crash(p, STOP_ENGINE, text);
-    } else if (engine_halted(p)) {
+    } else if (!v->stop && engine_halted(p)) {
         p->counters.hlt++;
         v->run_state = RUN_HALTED;
     }
+    if (v->stop)
+        mv_env_get(p->env, v->registers);
 }
 
 /* Until `self` has something to return. With p->lock held. */
@@ -612,6 +613,10 @@ int mv_vcpu_run(Partition *p, int index)
         return STOP_ENGINE;
     }
     ticker_start(p);
+    if (p->exits && exit_pending(v)) {
+        pthread_mutex_unlock(&p->lock);
+        return STOP_EXIT;
+    }
     STORE(v->entered, 1);
     engine_request(p, REQUEST_KICK); /* the driver may now have one more vCPU to run, asleep or running another */
     engine_poke(p);
@@ -636,6 +641,9 @@ int mv_vcpu_run(Partition *p, int index)
 }
 
 const char *mv_vcpu_detail(Partition *p, int index) { return p->vcpus[index].detail; }
+
+/* The registers of a vCPU that has crashed, while others may run. */
+const uint64_t *mv_vcpu_crashed(Partition *p, int index) { return p->vcpus[index].registers; }
 
 void mv_vcpu_kick(Partition *p, int index)
 {
@@ -741,7 +749,10 @@ static void apic_access(Partition *p, uint32_t offset, uint32_t value)
         partition_timer_changed(p);
         break;
     case APIC_EOI_BROADCAST:
-        p->callbacks.eoi((uint32_t)vector);
+        if (p->exits)
+            exit_end_of_interrupt(p, vector);
+        else
+            p->callbacks.eoi((uint32_t)vector);
         partition_rescan(p);
         break;
     }
@@ -936,6 +947,7 @@ Partition *mv_partition_new(int vcpus, uint32_t code_buffer, const Callbacks *ca
         v->partition = p;
         v->index = i;
         v->sipi_vector = -1;
+        v->exception = -1;
         v->run_state = i ? RUN_WAIT_SIPI : RUN_RUNNABLE;
         apic_reset(&v->apic, (uint32_t)i, i == 0);
         engine_reset_state(v->context, p->fresh);
@@ -963,10 +975,8 @@ void mv_partition_free(Partition *p)
     pthread_mutex_unlock(&p->lock);
     ticker_stop(p);
     engine_close(p);
-    for (int i = 0; i < p->region_count; i++) {
-        free(p->regions[i].dirty);
-        free(p->regions[i].code);
-    }
+    for (int i = 0; i < p->region_count; i++)
+        free_bitmaps(&p->regions[i]);
     free(p);
 }
 

@@ -7,6 +7,7 @@
 #define MICROVM_SOFT_H
 
 #include <pthread.h>
+#include <setjmp.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -17,17 +18,21 @@
 #define MV_MAX_DOORBELLS 256
 #define MV_MAX_LATCHES 8
 #define MV_MAX_CPUID 128
-#define MV_DMA_QUEUE 256
 #define MV_PAGE 4096ull
 
 #define ENV_SIZE 5568 /* env up to end_reset_fields: all state of one processor */
+
+#define FLAT_WORDS (16 + 2 + 8 * 3 + 2 * 2 + 6) /* registers as mv_env_get and mv_env_set take them */
 
 /* Set in cpu->interrupt_request. HARD: a vector waits for IF. KICK: partition.c has something to look at. */
 #define REQUEST_HARD 0x2u
 #define REQUEST_KICK 0x40000u
 
 /* Stop reasons, as hypervisor/soft/vcpu.py knows them. */
-enum { STOP_NONE, STOP_KICKED, STOP_HALTED, STOP_TRIPLE_FAULT, STOP_ENGINE, STOP_ABORT, STOP_CALLBACK };
+enum { STOP_NONE, STOP_KICKED, STOP_HALTED, STOP_TRIPLE_FAULT, STOP_ENGINE, STOP_ABORT, STOP_CALLBACK, STOP_EXIT };
+
+/* What a vCPU stopped before, where a partition hands accesses out instead of calling back (exits.c). */
+enum { EXIT_NONE, EXIT_MMIO_READ, EXIT_MMIO_WRITE, EXIT_PIO_READ, EXIT_PIO_WRITE, EXIT_MSR_READ, EXIT_MSR_WRITE, EXIT_EOI };
 
 enum { UNRETIRED_NONE, UNRETIRED_READ, UNRETIRED_WRITE };
 
@@ -51,6 +56,8 @@ typedef struct Region {
     uint64_t gpa, size, hva, ram; /* ram: the engine's own address for the block (ram_addr_t) */
     uint32_t perms;
     uint8_t *dirty; /* one bit a page, or NULL when not tracked */
+    uint8_t *written; /* one bit a page: the host wrote it and translations may be stale; under dma_lock */
+    uint64_t written_low, written_high; /* pages between which bits of `written` are set */
     uint8_t *code;  /* one bit a page: it may hold translated code, so no TLB entry writes to it unseen */
     size_t hook;
 } Region;
@@ -64,6 +71,11 @@ typedef struct Doorbell {
 typedef struct CpuidEntry {
     uint32_t leaf, subleaf, eax, ebx, ecx, edx; /* subleaf 0xffffffff matches all */
 } CpuidEntry;
+
+typedef struct Exit {
+    uint32_t kind, size;
+    uint64_t address, value; /* guest-physical address, port, MSR or vector; what is to be written */
+} Exit;
 
 struct Partition;
 
@@ -82,7 +94,13 @@ typedef struct Vcpu {
     uint64_t kvm_clock, kvm_wall; /* the paravirtual clock's MSRs */
     Apic apic;
     uint8_t context[ENV_SIZE] __attribute__((aligned(16))); /* state while another vCPU is loaded */
+    Exit exit;
+    uint32_t ended[8];         /* level-triggered vectors whose end was not yet told */
+    int exception;            /* to be raised before the next instruction, -1 none */
+    uint32_t exception_code;
+    uint64_t exception_address;
     char detail[160];
+    uint64_t registers[FLAT_WORDS]; /* when it crashed: another vCPU may be running by the time somebody asks */
 } Vcpu;
 
 typedef struct Counters {
@@ -102,6 +120,7 @@ typedef struct Partition {
     } holes[MV_MAX_REGIONS + 1];
     int hole_count;
     int tracking; /* some region has a dirty bitmap */
+    int exits;    /* accesses stop the vCPU before they happen */
     Doorbell doorbells[MV_MAX_DOORBELLS];
     int doorbell_count;
     struct {
@@ -123,6 +142,8 @@ typedef struct Partition {
     int callback_failed; /* atomic: a Python callback raised; its exception waits on the Python side */
     int yield_wanted;
     int closing;
+    int broken;     /* the engine gave up in mid-work and must not run again */
+    jmp_buf escape; /* out of the running engine, for when it gives up */
     struct { /* an access whose handler raised: done, but its instruction has not retired */
         int kind, vcpu;
         uint32_t port, size;
@@ -141,10 +162,7 @@ typedef struct Partition {
     int64_t ticker_wake; /* host time it sleeps until, APIC_NEVER while it waits for work; atomic */
 
     pthread_mutex_t dma_lock;
-    int dma_count; /* atomic */
-    struct {
-        uint64_t gpa, size;
-    } dma[MV_DMA_QUEUE];
+    int dma_pending; /* atomic: some region has pages written by the host */
 } Partition;
 
 /* engine.c */
@@ -153,6 +171,7 @@ int engine_open(Partition *p, uint32_t code_buffer, char *message, size_t size);
 void engine_close(Partition *p);
 int engine_run(Partition *p); /* returns the library's error code */
 void engine_stop(Partition *p);
+void mv_env_get(uint8_t *env, uint64_t *flat);
 int engine_halted(const Partition *p);
 void engine_request(Partition *p, uint32_t bits);
 void engine_unrequest(Partition *p, uint32_t bits);
@@ -177,6 +196,8 @@ uint64_t engine_rip(const uint8_t *env);
 /* tlb.c */
 extern __thread Partition *current __attribute__((tls_model("initial-exec"))); /* the engine this thread runs */
 int tlb_load(void *handle, const char **missing);
+void tlb_note_written(Region *r, uint64_t first, uint64_t last);
+void tlb_forget_written(Partition *p, Region *r);
 void tlb_forget_code(Partition *p, Region *r, uint64_t gpa, uint64_t size);
 
 /* float.c */
@@ -199,5 +220,18 @@ int partition_msr_read(Partition *p, uint32_t index, uint64_t *value);
 int partition_msr_write(Partition *p, uint32_t index, uint64_t value);
 void partition_timer_changed(Partition *p);
 Region *partition_region(Partition *p, uint64_t gpa, uint64_t size);
+uint8_t *partition_state(Partition *p, Vcpu *v);
+
+/* exits.c */
+int exit_before(Partition *p, int kind, uint64_t address, uint32_t size, uint64_t value);
+int exit_pending(const Vcpu *v);
+void exit_end_of_interrupt(Partition *p, int vector);
+int exit_take_exception(Partition *p, int *vector, uint32_t *code);
+
+int64_t mv_time(Partition *p);
+
+/* engine.c, for exits.c */
+uint32_t *engine_hidden_flags(uint8_t *env, int second);
+void engine_set_fault_address(uint8_t *env, uint64_t gva);
 
 #endif
