@@ -44,7 +44,6 @@ BOOT_TIMEOUT_S: Final = 60.0
 CONNECT_TIMEOUT_S: Final = 30.0
 SHUTDOWN_TIMEOUT_S: Final = 15.0
 MAX_FORKS: Final = 64  # at one time
-TAIL_LINES: Final = 6
 TAIL_BYTES: Final = 4096
 
 Command = str | Sequence[Text]
@@ -351,7 +350,9 @@ class Sandbox:
         config = template.decide(self._config)
         if self._listeners or not self._isolated or not client.supported():
             return _LocalMachine(config, self._listeners, self._cold, self._frozen_clock)
-        return client.cold_worker(config) if self._cold else client.worker(config, self._frozen_clock)
+        if self._cold:
+            return client.cold_worker(config, self._boot_timeout)
+        return client.worker(config, self._frozen_clock, self._boot_timeout)
 
     @property
     def config(self) -> MachineConfig:
@@ -538,13 +539,12 @@ def agent_program() -> Path:
     return path
 
 
+def _tail(console: bytes) -> str:
+    """The end of the console's output as the end of a message."""
+    from .workers.template import tail
+
+    return tail(console)
+
+
 def _words(command: Command) -> Sequence[Text]:
     return ["/bin/sh", "-c", command] if isinstance(command, str) else command
-
-
-def _tail(console: bytes) -> str:
-    """The last lines of the console, for a message: one line, printable."""
-    lines = [line.strip() for line in console.decode("utf-8", "replace").splitlines()]
-    shown = " | ".join(line for line in lines[-TAIL_LINES:] if line)
-    shown = "".join(char if char.isprintable() else "?" for char in shown)
-    return f"; its console said: {shown}" if shown else ""

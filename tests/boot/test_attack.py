@@ -63,7 +63,7 @@ def tuned(kernel: Callable[[str], Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def neighbour(tuned: Any, image: Any) -> Iterator[Sandbox]:
-    with Sandbox(image.path, kernel=tuned.name, backend=BACKEND) as sandbox:
+    with Sandbox(image.path, kernel=tuned.name, backend=BACKEND, isolated=False, cold=True) as sandbox:
         yield sandbox
 
 
@@ -109,6 +109,7 @@ def victim(
         image.path,
         kernel=tuned.name,
         backend=BACKEND,
+        isolated=False,
         memory_mib=GUEST_MIB,
         cpus=cpus,
         disks=[DiskConfig(scratch_disk)],
