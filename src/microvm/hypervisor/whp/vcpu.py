@@ -13,7 +13,8 @@ arrives after its flag was already taken is a spurious return, and the loop goes
 before every entry, a Windows whose cancel did not stick would lose only the few instructions in between.
 
 HLT. The local APICs are in the hypervisor and so HLT normally waits there. Some versions return instead: with
-interrupts off that is HALTED for the caller, with interrupts on we wait a moment (a message or a kick ends it) and enter again.
+interrupts off that is HALTED for the caller, with interrupts on we wait a moment (a message or a kick ends it) and
+enter again.
 
 Threads: `run` on one thread at a time; `kick` and `wake` from anywhere; everything else while not running.
 """
