@@ -147,8 +147,10 @@ class Processor:
         code = code[: self.partition.profile.instruction_bytes]
         write = found.kind == _MMIO_WRITE
         unmapped = self.partition.memory_address(found.address, 1) is None
-        info = int(write) | unmapped << 2
-        rest = _MEMORY.pack(len(code), code, info, found.address, 0)
+        gva = found.gva
+        known = gva != _MASK and not (gva ^ found.address) & 0xFFF
+        info = int(write) | unmapped << 2 | known << 3
+        rest = _MEMORY.pack(len(code), code, info, found.address, gva if known else 0)
         head = self._head(codes.WHvRunVpExitReasonMemoryAccess, 0)
         ctypes.memmove(context, (head + rest).ljust(SIZE, b"\0"), SIZE)
         return codes.S_OK
