@@ -84,7 +84,6 @@ class Victim:
             words = [ATTACK, act, str(ms), str(seed)]
             result = self.sandbox.run(words, timeout=ms / 1000 + 3, max_output=4 << 20, user=user)
         except MicroVMError as error:
-            assert "\n" not in str(error)
             return str(error)
         assert b"/dev/" not in result.stderr, result.stderr  # what it needs is there
         return "done" if result.returncode == 0 else f"ended with {result.returncode}"
@@ -113,6 +112,7 @@ def victim(
         memory_mib=GUEST_MIB,
         cpus=cpus,
         disks=[DiskConfig(scratch_disk)],
+        isolated=False,  # in one process with its neighbour and with these tests
     )
     found = Victim(sandbox, attack)
     try:
@@ -195,3 +195,16 @@ def test_unprivileged_program_cannot_abort_the_process(victim: Victim, neighbour
     expected = "crashed (the software CPU met an instruction" if victim.sandbox.backend == "soft" else "ended with -4"
     assert expected in outcome
     assert neighbour.run("echo fine", timeout=20).stdout == b"fine\n"
+
+
+def test_worker_of_an_attacked_guest_ends_with_it(tuned: Any, image: Any, attack: bytes, nothing_left: None) -> None:
+    with Sandbox(image.path, kernel=tuned.name, backend=BACKEND, memory_mib=GUEST_MIB, cold=True) as sandbox:
+        processes = children()
+        victim = Victim(sandbox, attack)
+        sandbox.files.write(ATTACK, attack, mode=0o755)
+        outcome = victim.suffer("lapic")
+        assert outcome == "done" or any(end in outcome for end in ENDS), outcome
+    deadline = time.monotonic() + 5
+    while children() >= processes and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(children()) < len(processes)

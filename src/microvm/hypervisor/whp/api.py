@@ -99,6 +99,7 @@ class Api:
         self, resolve: Resolver | None = None, on_host_write: Callable[[int, int, int], None] | None = None
     ) -> None:
         self._library: Any = None
+        self.keep_alive: object = None  # whatever owns the functions
         self.on_host_write = on_host_write
         resolve = resolve or self._from_library()
         self.functions: dict[str, Any] = {}
