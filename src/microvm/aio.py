@@ -31,6 +31,7 @@ from .machine.config import DiskConfig, MachineConfig
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from .checkpoints import Checkpoint
     from .hypervisor.base import Hypervisor
     from .machine.console import Console
     from .machine.outcome import Outcome
@@ -247,8 +248,31 @@ class Sandbox:
         children = await on_thread(lambda: self._inner.fork(count))
         return [child if isinstance(child, Exception) else Sandbox._of(child) for child in children]
 
-    async def snapshot(self, path: str | os.PathLike[str]) -> None:
-        await on_thread(lambda: self._inner.snapshot(path))
+    @classmethod
+    def from_snapshot(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        isolated: bool = True,
+        frozen_clock: bool = False,
+        timeout: float | None = None,
+    ) -> Sandbox:
+        mirror = cls.__new__(cls)
+        mirror._inner = api.Sandbox.from_snapshot(path, isolated=isolated, frozen_clock=frozen_clock, timeout=timeout)
+        mirror._client = None
+        return mirror
+
+    async def snapshot(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        difference_in: str | os.PathLike[str] | None = None,
+        after: str | None = None,
+    ) -> None:
+        await on_thread(lambda: self._inner.snapshot(path, difference_in=difference_in, after=after))
+
+    async def checkpoint(self, name: str) -> Checkpoint:
+        return await on_thread(lambda: self._inner.checkpoint(name))
 
     def on_console(self, listener: Callable[[bytes], None]) -> None:
         self._inner.on_console(listener)
@@ -307,12 +331,19 @@ class Sandbox:
         cwd: GuestPath | None = None,
         user: str | None = None,
         timeout: float | None = None,
+        leave_running: bool = False,
     ) -> Process:
         client = self._agent()
         options = self._inner._defaults(env, cwd, user, timeout)
         try:
             return await client.start(
-                api._words(command), stdin=stdin, stdout=stdout, stderr=stderr, pty=pty, **options
+                api._words(command),
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                pty=pty,
+                leave_running=leave_running,
+                **options,
             )
         except ExecError as error:
             raise await self._explain(error) from error.__cause__

@@ -108,7 +108,6 @@ def victim(
         image.path,
         kernel=tuned.name,
         backend=BACKEND,
-        isolated=False,
         memory_mib=GUEST_MIB,
         cpus=cpus,
         disks=[DiskConfig(scratch_disk)],

@@ -207,6 +207,16 @@ def cold_worker(config: MachineConfig, boot_timeout_s: float = template.BOOT_TIM
     return machine
 
 
+def restored_worker(config: MachineConfig, path: Path, frozen_clock: bool = False) -> WorkerMachine:
+    """A worker, in a fresh process, with the machine from a snapshot."""
+    ours, theirs = wire.pair()
+    with theirs:
+        machine = WorkerMachine(ours)
+        mode = f"{'frozen' if frozen_clock else 'restore'}:{path.absolute()}"
+        machine.process = _spawn(config, theirs, mode)
+    return machine
+
+
 class ZygoteProcess:
     """A zygote of this process, started now; its first worker waits until it is prepared. Any thread."""
 

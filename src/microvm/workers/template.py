@@ -199,6 +199,15 @@ def restore(path: Path) -> tuple[MicroVM, Ready]:
         restored.close()
 
 
+def describe(path: Path) -> tuple[MachineConfig, Ready, str]:
+    """What a sandbox's snapshot is of, and its id. Raises SnapshotError."""
+    restored = Restored.open(path)
+    try:
+        return restored.config, ready_of(restored.description.note), restored.snapshot.id
+    finally:
+        restored.close()
+
+
 def restore_if_there(config: MachineConfig) -> tuple[MicroVM, Ready] | None:
     """The machine restored from its template, or None if there is none, or none that this version can use."""
     path = path_of(key(config))

@@ -4,7 +4,8 @@
 
 ``CONFIG_FD`` holds the machine's configuration. In mode "child" ``SOCKET_FD`` is one end of a pair: each message brings
 a control socket for a new worker, and when the other end closes the zygote and its workers end. In mode "cold" it is
-the control socket of a worker that boots its machine itself. Any other mode is the path of a listening socket, renamed
+the control socket of a worker that boots its machine itself, in mode "restore:PATH" (or "frozen:") of one that restores
+it from a snapshot. Any other mode is the path of a listening socket, renamed
 from ``.new`` to ``.sock`` when the zygote is prepared: each connection is a control socket, and after a time without
 any the zygote leaves.
 """
@@ -190,6 +191,10 @@ def main(arguments: list[str], program: Program | None = None) -> int:
         if mode == "cold":
             die_with_parent()
             return _cold(config, sock, boot_timeout_s)
+        kind, colon, path = mode.partition(":")
+        if colon:
+            die_with_parent()
+            return _restored(Path(path), sock, kind == "frozen")
         try:
             zygote = Zygote(config, program, boot_timeout_s)
             zygote.prepare()
@@ -206,11 +211,21 @@ def main(arguments: list[str], program: Program | None = None) -> int:
                 wire.send(sock, {"prepared": True})
             serve_child(zygote, sock)
         else:
-            path = Path(mode)
-            path.rename(path.with_suffix(".sock"))
+            bound = Path(mode)
+            bound.rename(bound.with_suffix(".sock"))
             serve_resident(zygote, sock, float(os.environ.get("MICROVM_IDLE_S") or IDLE_S))
-            path.with_suffix(".sock").unlink(missing_ok=True)
+            bound.with_suffix(".sock").unlink(missing_ok=True)
     os._exit(0)
+
+
+def _restored(path: Path, control: socket.socket, frozen_clock: bool) -> int:
+    try:
+        vm, ready = template.restore(path)
+    except Exception as error:  # noqa: BLE001 - told to the owner, where it is raised
+        with contextlib.suppress(OSError):
+            wire.send(control, {"failed": wire.pack_error(error)})
+        os._exit(1)
+    Worker(control, vm, ready).run(forked=False, frozen_clock=frozen_clock)
 
 
 def _cold(config: MachineConfig, control: socket.socket, boot_timeout_s: float) -> int:
