@@ -2,9 +2,9 @@
 
     PYTHONPATH=src python -m bench.snapshots [--image base] [--rounds 7]
 
-Times are milliseconds, medians with the least of all rounds. QEMU boots the same kernel with the agent's initramfs and
-says so on its serial port; `-incoming` continues that machine from a file. It has no agent, so its figure is the time to
-the first byte that the restored guest prints, which is less than a command's result.
+Times are milliseconds, medians with the least of all rounds. QEMU boots the same kernel with a small initramfs that
+prints READY and then TICK for ever; `-incoming` continues that machine from a file. It has no agent, so its figure is
+the time to the first TICK of the restored guest, which is less than a command's result.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def sandboxes(image: str, rounds: int) -> None:
         sandbox.boot()
         sandbox.run("echo")
         total.append((time.perf_counter() - begin) * 1e3)
-        run.append(timed(lambda: sandbox.run("echo"))[0])
-        close.append(timed(sandbox.close)[0])
+        run.append(timed(lambda box=sandbox: box.run("echo"))[0])  # type: ignore[misc]
+        close.append(timed(lambda box=sandbox: box.close())[0])
     show("Sandbox() to the first command's result, warm", total)
     show("  one more command", run)
     show("  close", close)
@@ -110,7 +110,7 @@ def forks(image: str, rounds: int) -> None:
         sandbox.run(["true"])
         pauses, ready = [], []
         for _ in range(rounds):
-            took, children = timed(sandbox.fork)
+            took, children = timed(lambda box=sandbox: box.fork())  # type: ignore[misc]
             pauses.append(sandbox.fork_pause_seconds * 1e3)
             ready.append(took)
             children[0].close()
@@ -163,7 +163,7 @@ def checkpoints(image: str) -> None:
             for dirty_mib in (0, 16, 64):
                 with base.restore() as sandbox:
                     sandbox.run(f"head -c {dirty_mib << 20} /dev/zero | tr '\\0' x > /tmp/x")
-                    took, point = timed(lambda box=sandbox, d=dirty_mib: box.checkpoint(f"{base.name}-{d}"))  # type: ignore[misc]
+                    took, point = timed(lambda box=sandbox, name=f"{base.name}-{dirty_mib}": box.checkpoint(name))  # type: ignore[misc]
                 applied, again = timed(point.restore)
                 again.close()
                 size = Tree().find(point.name).size >> 10
