@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if __package__:
-    from .machine import Child, Setup, serve_stream
+    from .machine import Child, Setup
 else:
     sys.path.insert(0, str(Path(__file__).parent))
 

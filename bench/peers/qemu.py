@@ -1,9 +1,9 @@
 """QEMU's TCG, microvm machine, set up as fast as it goes.
 
 What was tried for the boot (medians of CPU seconds): plain 0.68; with the TSC's rate and no timer checks 0.60; with the
-PIT instead of a calibrated local APIC timer 0.47, which is what is used here. ACPI on or off, bzImage or ELF, CPU
-model, less CPUID and no option ROMs make no difference or a worse one; without PIT and without the TSC's rate it does not
-boot. Virtio devices speak version 1, as ours do (the default is the legacy interface).
+PIT instead of a calibrated local APIC timer 0.47, which is what is used here. ACPI on or off, bzImage or ELF, CPU model,
+less CPUID and no option ROMs make no difference or a worse one; without PIT and without the TSC's rate it does not boot.
+Virtio devices speak version 1, as ours do (the default is the legacy interface).
 """
 
 from __future__ import annotations

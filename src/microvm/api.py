@@ -11,12 +11,13 @@ with a writable overlay in memory. What is asked of it goes to the agent over vs
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, Self, TypedDict
 
@@ -25,8 +26,9 @@ from .agent.files import Files
 from .agent.operations import Result
 from .agent.process import Process
 from .agent.protocol import PORT, FileInfo, GuestInfo, GuestPath, Ready, Text
-from .errors import BootError, CommandFailed, ConfigError, ExecError, ExecTimeout, MicroVMError, StateError
+from .errors import BootError, CommandFailed, ConfigError, ExecError, ExecTimeout, MicroVMError, StateError, WorkerError
 from .machine.config import DiskConfig, MachineConfig
+from .machine.outcome import End
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -38,10 +40,10 @@ __all__ = ["DEVNULL", "PIPE", "STDOUT", "FileInfo", "Files", "GuestInfo", "Proce
 
 ROOT_DISK: Final = "/dev/vda"
 BASE_CMDLINE: Final = "console=ttyS0 quiet loglevel=0 reboot=t panic=-1 cryptomgr.notests"
-SOFT_CMDLINE: Final = "mitigations=off"  # nothing is speculated there, and page table isolation costs a quarter
 BOOT_TIMEOUT_S: Final = 60.0
 CONNECT_TIMEOUT_S: Final = 30.0
 SHUTDOWN_TIMEOUT_S: Final = 15.0
+MAX_FORKS: Final = 64  # at one time
 TAIL_LINES: Final = 6
 TAIL_BYTES: Final = 4096
 
@@ -58,8 +60,14 @@ class _ExecOptions(TypedDict):
 class SandboxMachine(Protocol):
     """All a sandbox needs of a machine. Any thread."""
 
-    def boot(self, timeout_s: float) -> socket.socket:
-        """Start, and return the connection on which the agent says that it is ready.
+    @property
+    def backend(self) -> str:
+        """The name of the backend that runs it."""
+
+    def boot(self, timeout_s: float) -> tuple[socket.socket, Ready | None]:
+        """Start, and return a connection to the agent, and what it said when it was ready.
+
+        None instead means that the agent will say so on the connection.
 
         Raises TimeoutError, or ConnectionError if the guest ends before.
         """
@@ -85,6 +93,10 @@ class Sandbox:
     backend's name. ``env``, ``workdir``, ``user`` and ``timeout`` (seconds) are defaults for the commands. ``disks``
     are raw images that the guest sees from /dev/vdb on. ``cmdline`` is added to the kernel's command line.
 
+    The guest is restored from a template that the first sandbox of its kind leaves behind, unless ``cold``; with
+    ``frozen_clock`` its clock stays where the template's stood. Its machine runs in a process of its own unless
+    ``isolated`` is False: a crash there is a WorkerError here.
+
     Entering the ``with`` block, or `boot`, starts it. Leaving the block ends it at once; with writable disks it is shut
     down in order, so that nothing written is lost. Raises ConfigError for what cannot be.
     """
@@ -104,15 +116,26 @@ class Sandbox:
         disks: Sequence[DiskConfig | str | os.PathLike[str]] = (),
         cmdline: str = "",
         boot_timeout: float = BOOT_TIMEOUT_S,
+        cold: bool = False,
+        isolated: bool = True,
+        frozen_clock: bool = False,
+        _given: tuple[MicroVM, Ready] | None = None,
     ) -> None:
         extra = [disk if isinstance(disk, DiskConfig) else DiskConfig(Path(disk)) for disk in disks]
-        self._config = _configure(image, kernel, memory_mib, cpus, backend, extra, cmdline)
+        # A machine that is given stands parked in this process, which was forked for it.
+        self._given = _given
+        self._config = (
+            _configure(image, kernel, memory_mib, cpus, backend, extra, cmdline) if _given is None else _given[0].config
+        )
         self._writable = any(not disk.read_only for disk in extra)
         self._env = dict(env or {})
         self._workdir = workdir
         self._user = user
         self._timeout = timeout
         self._boot_timeout = boot_timeout
+        self._cold = cold or bool(extra)
+        self._isolated = isolated
+        self._frozen_clock = frozen_clock
         self._lock = threading.Lock()
         self._machine: SandboxMachine | None = None
         self._client: AgentClient | None = None
@@ -120,6 +143,7 @@ class Sandbox:
         self._listeners: list[Callable[[bytes], None]] = []
         self.ready: Ready | None = None
         self.boot_seconds = 0.0
+        self.fork_pause_seconds = 0.0
 
     def __enter__(self) -> Self:
         if self._client is None:
@@ -142,15 +166,22 @@ class Sandbox:
 
     @property
     def vm(self) -> MicroVM:
-        """The machine below: consoles, pause and resume, counters. Raises StateError before `boot`."""
-        if not isinstance(self._machine, _LocalMachine):
+        """The machine below: consoles, pause and resume, counters.
+
+        Raises StateError before `boot`, and for a sandbox in a process of its own.
+        """
+        if self._machine is None:
             raise StateError("the sandbox has not been booted")
+        if not isinstance(self._machine, _LocalMachine):
+            raise StateError("the machine is in another process: make the sandbox with isolated=False to reach it")
         return self._machine.vm
 
     @property
     def backend(self) -> str:
         """The name of the backend that runs it. Raises StateError before `boot`."""
-        return self.vm.backend
+        if self._machine is None:
+            raise StateError("the sandbox has not been booted")
+        return self._machine.backend
 
     @property
     def closed(self) -> bool:
@@ -181,11 +212,12 @@ class Sandbox:
             if self._closed or self._machine is not None:
                 raise StateError("the sandbox has been booted before")
             begin = time.monotonic()
-            self._machine = _LocalMachine(self._config, self._listeners)
             try:
+                self._machine = self._make_machine()
                 self.ready = self._wait_ready(self._machine)
             except BaseException:
-                self._machine.close()
+                if self._machine is not None:
+                    self._machine.close()
                 self._closed = True
                 raise
             self.boot_seconds = time.monotonic() - begin
@@ -270,10 +302,18 @@ class Sandbox:
         """
         client, machine = self._agent(), self._machine
         assert machine is not None
-        client.shutdown(grace_s=min(2.0, timeout / 2))
-        outcome = machine.wait(timeout)
-        self.close()
-        return outcome
+        try:
+            try:
+                client.shutdown(grace_s=min(2.0, timeout / 2))
+            except ExecError:
+                # A guest with nothing to end can be gone before its answer is on the way. Is it gone?
+                outcome = machine.wait(min(1.0, timeout))
+                if outcome is None or outcome.kind not in (End.POWERED_OFF, End.RESET):
+                    raise
+                return outcome
+            return machine.wait(timeout)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """End the guest at once and free everything: threads, descriptors, memory. Idempotent."""
@@ -302,12 +342,75 @@ class Sandbox:
             raise StateError('the sandbox has not been booted: use "with", or boot()')
         return self._client
 
+    def _make_machine(self) -> SandboxMachine:
+        if self._given is not None:
+            return _LocalMachine(self._config, (), given=self._given)
+        from .workers import client, template
+
+        self._config.check_files()  # a wrong file name is answered before backends are probed
+        config = template.decide(self._config)
+        if self._listeners or not self._isolated or not client.supported():
+            return _LocalMachine(config, self._listeners, self._cold, self._frozen_clock)
+        return client.cold_worker(config) if self._cold else client.worker(config, self._frozen_clock)
+
+    @property
+    def config(self) -> MachineConfig:
+        """What its machine is made of."""
+        return self._config
+
+    def fork(self, count: int = 1) -> list[Sandbox | Exception]:
+        """Copies of this sandbox as it is now: files, memory, running processes; each with an identity of its own.
+
+        It stands still for some milliseconds meanwhile and shares its memory with the copies until one writes. What
+        the host follows (commands of `start`, connections) goes on here only. Each copy is booted and must be closed;
+        one that could not be made is its exception instead. Raises StateError for a sandbox that cannot be copied.
+        """
+        from .workers.client import WorkerMachine
+
+        self._agent()
+        machine = self._machine
+        if not isinstance(machine, WorkerMachine):
+            raise StateError("only a sandbox in a process of its own can be copied")
+        if not 1 <= count <= MAX_FORKS:
+            raise ConfigError("count", count, f"must be 1 to {MAX_FORKS}")
+        children, self.fork_pause_seconds = machine.fork(count, self._frozen_clock)
+        return [child if isinstance(child, Exception) else self._child(child) for child in children]
+
+    def _child(self, machine: SandboxMachine) -> Sandbox | Exception:
+        child = copy.copy(self)
+        child._lock = threading.Lock()
+        child._machine, child._client = machine, None
+        try:
+            child.ready = child._wait_ready(machine)
+        except Exception as error:  # noqa: BLE001 - returned, as promised
+            machine.close()
+            child._closed = True
+            return error
+        return child
+
+    def snapshot(self, path: str | os.PathLike[str]) -> None:
+        """Save the running sandbox into the file ``path``; see `MicroVM.snapshot`. It goes on afterwards."""
+        from .workers.client import WorkerMachine
+
+        self._agent()
+        note = {"ready": list(astuple(self.ready))} if self.ready is not None else {}
+        if isinstance(self._machine, WorkerMachine):
+            self._machine.perform("snapshot", path=os.path.abspath(path), note=note)
+        else:
+            self.vm.snapshot(path, note=note)
+
     def _wait_ready(self, machine: SandboxMachine) -> Ready:
         deadline = time.monotonic() + self._boot_timeout
         client = AgentClient(machine.connect)
         try:
-            sock = machine.boot(self._boot_timeout)
-            ready = client.wait_ready(sock, max(0.0, deadline - time.monotonic()))
+            sock, known = machine.boot(self._boot_timeout)
+            if known is None:
+                ready = client.wait_ready(sock, max(0.0, deadline - time.monotonic()))
+            else:
+                ready = known
+                client.adopt(sock)
+        except WorkerError:
+            raise
         except TimeoutError:
             raise BootError(
                 f"the guest was not ready within {self._boot_timeout:g} s{_tail(machine.console_tail())}"
@@ -334,22 +437,45 @@ class Sandbox:
 class _LocalMachine:
     """A `SandboxMachine` in this process."""
 
-    def __init__(self, config: MachineConfig, listeners: Sequence[Callable[[bytes], None]] = ()) -> None:
-        from .hypervisor.select import choose
+    def __init__(
+        self,
+        config: MachineConfig,
+        listeners: Sequence[Callable[[bytes], None]] = (),
+        cold: bool = False,
+        frozen_clock: bool = False,
+        given: tuple[MicroVM, Ready] | None = None,
+    ) -> None:
         from .machine.machine import MicroVM
 
-        config.check_files()  # a wrong file name is answered before backends are probed
-        hypervisor = choose(config.backend)
-        if hypervisor.name == "soft":
-            config = replace(config, cmdline=f"{config.cmdline} {SOFT_CMDLINE}")
-        self.vm = MicroVM(config, hypervisor=hypervisor)
+        self._parked = given is not None
+        self._ready: Ready | None = None
+        self._frozen_clock = frozen_clock
+        warm = given or (None if cold or listeners else _template(config))
+        if warm is None:
+            self.vm = MicroVM(config)
+        else:
+            self.vm, self._ready = warm
         for listener in listeners:
             self.vm.serial.on_output(listener)
 
-    def boot(self, timeout_s: float) -> socket.socket:
-        with self.vm.vsock.listen(PORT) as listener:
+    @property
+    def backend(self) -> str:
+        return self.vm.backend
+
+    def boot(self, timeout_s: float) -> tuple[socket.socket, Ready | None]:
+        if self._ready is None:
+            with self.vm.vsock.listen(PORT) as listener:
+                self.vm.start()
+                return listener.accept(timeout_s), None
+        if self._parked:
+            self.vm.forked()
+            self.vm.unpark()
+        else:
             self.vm.start()
-            return listener.accept(timeout_s)
+        sock = self.vm.vsock.connect(PORT, timeout_s)
+        client = AgentClient(lambda: sock, timeout_s)
+        client.renew(frozen_clock=self._frozen_clock)
+        return client.release(), self._ready
 
     def connect(self) -> socket.socket:
         try:
@@ -365,6 +491,13 @@ class _LocalMachine:
 
     def close(self) -> None:
         self.vm.close()
+
+
+def _template(config: MachineConfig) -> tuple[MicroVM, Ready] | None:
+    """The machine restored from its template, if there is one that fits."""
+    from .workers import template
+
+    return template.restore_if_there(config)
 
 
 def _configure(

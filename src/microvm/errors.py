@@ -15,6 +15,7 @@
         CommandFailed               a command that was to succeed did not (``check=True``)
         GuestFileError(OSError)     the guest refused a file operation
           GuestFileNotFound(FileNotFoundError)
+        WorkerError                 the process that a sandbox ran in ended unexpectedly
       InternalError                 our bug
 
 Attributes carry the data; ``str(error)`` is one lower-case sentence, and a hint is there only when it can be
@@ -145,6 +146,10 @@ class GuestFileError(ExecError, OSError):
 
 class GuestFileNotFound(GuestFileError, FileNotFoundError):
     """The guest has no such file."""
+
+
+class WorkerError(ExecError):
+    """The process that a sandbox's machine ran in ended: it crashed, or was killed. No other sandbox is touched."""
 
 
 class InternalError(MicroVMError):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import os
 import resource
 import subprocess
 import sys
@@ -130,37 +128,3 @@ def test_three_sandboxes_side_by_side(make: Callable[..., Sandbox], nothing_left
     assert made[2].run("echo c").stdout == b"c\n"
     for sandbox in made:
         sandbox.close()
-
-
-@pytest.mark.soak
-def test_soak_of_commands_in_one_sandbox(make: Callable[..., Sandbox], nothing_left: None) -> None:
-    with make() as sandbox:
-        for _ in range(20):
-            sandbox.run("echo warm")
-        gc.collect()
-        before, fds = rss_mib(), len(os.listdir("/proc/self/fd"))
-        for number in range(500):
-            assert sandbox.run(["echo", str(number)]).stdout == b"%d\n" % number
-        gc.collect()
-        assert len(os.listdir("/proc/self/fd")) == fds
-        assert rss_mib() - before < 64  # guest RAM that is touched for the first time counts, too
-        assert sandbox.run("ls /proc | grep -c '^[0-9]'").returncode == 0
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(900)
-def test_soak_of_sandboxes_one_after_another(make: Callable[..., Sandbox]) -> None:
-    def one() -> None:
-        with make(memory_mib=64) as sandbox:
-            assert sandbox.run("echo x").stdout == b"x\n"
-
-    for _ in range(5):
-        one()
-    gc.collect()
-    before = rss_mib(), len(os.listdir("/proc/self/fd")), threading.active_count()
-    for _ in range(int(os.environ.get("MICROVM_SOAK", "100"))):
-        one()
-    gc.collect()
-    after = rss_mib(), len(os.listdir("/proc/self/fd")), threading.active_count()
-    assert after[1:] == before[1:]
-    assert after[0] - before[0] < 60, (before, after)

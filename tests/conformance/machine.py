@@ -21,6 +21,7 @@ from microvm.hypervisor.base import (
 )
 from microvm.memory import GuestMemory
 
+from .asm import LAPIC as LAPIC
 from .asm import PORT_STOP, Code
 
 MEMORY = 4 << 20

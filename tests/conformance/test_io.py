@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -226,3 +227,20 @@ def test_state_can_be_read_after_an_exception_in_a_device(machine: Machine) -> N
     machine.memory.write(CODE, Code().mov("al", 3).stop().build())
     registers.rip = CODE
     assert machine.finish(registers) == 3
+
+
+def test_a_thousand_exits_leave_no_object_behind(machine: Machine) -> None:
+    class Silent:
+        def pio_read(self, offset: int, size: int) -> int:
+            return 0x1234
+
+        def pio_write(self, offset: int, size: int, value: int) -> None:
+            if value == 1 and offset:
+                counts.append(sys.getallocatedblocks())
+
+    counts: list[int] = []
+    machine.bus.map_pio(0x400, 4, Silent())
+    code = Code().mov("ecx", 1000).mov("al", 1).out(0x402)
+    code.label("next").in_(0x400, 2).out(0x400, 4).dec("ecx").j("nz", "next")
+    machine.finish(machine.long(code.mov("al", 1).out(0x402).mov("al", 0).stop()))
+    assert counts[1] - counts[0] < 50

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +19,7 @@ from microvm.hypervisor.base import PartitionConfig, Perm, Registers, Segment, S
 from microvm.memory import GuestMemory
 
 from .asm import Code
-from .machine import CODE, DATA, MMIO, PD, PORT_LOG, PORT_STOP, TSS, Machine
+from .machine import CODE, DATA, IDT, MEMORY, MMIO, PD, PORT_LOG, PORT_STOP, TSS, Machine
 
 
 @pytest.fixture
@@ -131,6 +135,7 @@ def test_user_fault_with_a_broken_tss_ends_the_guest_not_the_process(machine: Ma
     registers.tr = Segment(0, 0, 0, 0)
     stopped = machine.go(registers)
     assert stopped.reason == StopReason.CRASHED
+    assert "tss" in stopped.detail  # said where it was noticed: not by abort(), which is caught as well
 
 
 def test_triple_fault_is_reported_as_such(machine: Machine) -> None:
@@ -345,3 +350,145 @@ def test_real_mode_guest_without_interrupts_halts(machine: Machine) -> None:
     machine.memory.write(0x1000, b"\xfa\xf4")
     machine.vcpu.set_registers(registers)
     assert machine.vcpu.run(Bus()).reason == StopReason.HALTED
+
+
+def test_instruction_the_engine_gives_up_on_ends_the_guest_not_the_process() -> None:
+    """LOCK BTS of a register, which any user program can execute, makes the library's translator call abort()."""
+    program = """
+        import sys
+        from microvm.hypervisor import select
+        from tests.conformance.asm import Code
+        from tests.conformance.machine import CODE, Machine
+        with Machine(select.load("soft"), vcpus=2) as machine:
+            stop = machine.go(machine.long(Code(64, CODE).raw("f0 0f ab dd"), ring=3))
+            assert stop.reason == "crashed" and "cannot translate" in stop.detail, stop
+            assert machine.go(vcpu=machine.vcpus[1]).reason == "crashed"  # nothing runs on that engine again
+        with Machine(select.load("soft")) as machine:
+            machine.finish(machine.long(Code(64, CODE).mov("eax", 1).out(0x320, 4).hlt()))
+    """
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *filter(None, sys.path)])}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_vcpu_that_crashes_leaves_the_running_one_alone(soft: object) -> None:
+    """The registers of the crash are kept: fetching them must not exchange state under another vCPU's feet."""
+    for _ in range(20):
+        with Machine(soft, vcpus=2) as machine:  # type: ignore[arg-type]
+            busy = Code(64, CODE).mov("ecx", 30_000_000).label("again").dec("ecx").j("nz", "again").mov("eax", 7)
+            crashing = Code(64, 0xA000).mov("rdx", 0x1234).mov("ecx", 100_000)
+            crashing.label("spin").dec("ecx").j("nz", "spin").raw("0f 0b")
+            machine.memory.write(0xA000, crashing.build())
+            registers = machine.long(stop(busy))
+            other = machine.long(crashing)
+            other.idtr.limit = 0
+            machine.vcpus[1].set_registers(other)
+            saved = machine.vcpus[1].save()
+            saved = saved[:8] + (1).to_bytes(4, "little") + saved[12:]  # runnable without a SIPI
+            machine.vcpus[1].restore(saved)
+            machine.vcpu.set_registers(registers)
+            first, second = machine.spawn(0), machine.spawn(1)
+            crash = second.join()
+            assert crash.triple_fault
+            assert crash.registers is not None
+            assert crash.registers.rdx == 0x1234
+            assert first.join().reason == StopReason.KICKED
+            assert machine.stops == [7]
+
+
+def test_page_tables_outside_memory_translate_to_nothing(machine: Machine) -> None:
+    registers = machine.long(stop(Code(64, CODE).mov("eax", 1)))
+    machine.finish(registers)
+    registers.cr3 = MMIO
+    machine.vcpu.set_registers(registers)
+    assert machine.vcpu.translate(0x1234) is None
+
+
+ENDLESS = {
+    "page faults on the handler": (14, "", 0x80_0000_0000),
+    "invalid instructions in the handler": (6, "0f 0b", 0x9000),
+    "protection faults in the handler": (13, "b9 78 56 34 12 0f 32", 0x9000),  # rdmsr of what there is not
+    "breakpoints in the handler": (3, "cc", 0x9000),
+}
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_endless_exceptions_can_be_kicked(machine: Machine, what: str) -> None:
+    """Faults that deliver faults for ever, each on the same interrupt stack, so that none becomes a triple fault."""
+    vector, body, handler = ENDLESS[what]
+    machine.expected_faults = frozenset(range(32))
+    code = Code(64, CODE).mov("rbx", 0x80_0000_0000).raw("ff e3") if vector == 14 else Code(64, CODE).raw(body)
+    registers = machine.long(code)
+    if body:
+        machine.memory.write(handler, bytes.fromhex(body))
+    machine.gate(vector, handler, ist=1)
+    machine.memory.write(IDT + 16 * vector + 8, (handler >> 32).to_bytes(4, "little"))
+    running = machine.spawn(0, registers)
+    time.sleep(0.05)
+    begin = time.monotonic()
+    assert running.join(kick=True).reason == StopReason.KICKED
+    assert time.monotonic() - begin < 1
+
+
+@pytest.mark.parametrize(
+    ("msr", "value"),
+    [
+        pytest.param(0xC000_0080, 0x1D01, id="EFER.SVME"),
+        pytest.param(0xC000_0082, 0x8000_0000_0000, id="LSTAR not canonical"),
+        pytest.param(0xC000_0100, 0x8000_0000_0000, id="FS base not canonical"),
+        pytest.param(0x1B, 0xFED0_0900, id="APIC moved"),
+        pytest.param(0x1B, 0xFEE0_0000, id="APIC off"),
+        pytest.param(0x4B56_4D00, 0x1001, id="odd wall clock"),
+    ],
+)
+def test_msr_values_that_must_not_be_are_protection_faults(machine: Machine, msr: int, value: int) -> None:
+    code = Code(64, CODE).mov("ecx", msr).mov("eax", value & 0xFFFF_FFFF).mov("edx", value >> 32).raw("0f 30")
+    machine.go(machine.long(code.hlt()))
+    assert machine.faults == [13]
+
+
+@pytest.mark.parametrize("gpa", [MEMORY - 8, MEMORY, MMIO, 0xFEE0_0000, 1 << 51, (1 << 64) - 32])
+@pytest.mark.parametrize("msr", [0x4B56_4D00, 0x4B56_4D01])
+def test_clock_outside_memory_is_written_nowhere(machine: Machine, msr: int, gpa: int) -> None:
+    value = gpa | (msr & 1)
+    code = Code(64, CODE).mov("ecx", msr).mov("eax", value & 0xFFFF_FFFF).mov("edx", value >> 32).raw("0f 30")
+    registers = machine.long(stop(code.mov("eax", 1)))
+    before = machine.memory.read(DATA, MEMORY - DATA)
+    assert machine.finish(registers) == 1
+    assert machine.memory.read(DATA, MEMORY - DATA) == before
+    assert machine.window.writes == []
+
+
+def _timer(machine: Machine, lvt: int, initial: int, deadline: int | None = None) -> Registers:
+    """A guest that sleeps for ever and counts timer interrupts at DATA."""
+    code = Code(64, CODE)
+    for offset, value in ((0xF0, 0x1FF), (0x3E0, 0xB), (0x320, lvt), (0x380, initial)):
+        code.mov("rbx", LAPIC + offset).mov("eax", value).store("rbx", "eax")
+    if deadline is not None:
+        code.mov("ecx", 0x6E0).mov("eax", deadline & 0xFFFF_FFFF).mov("edx", deadline >> 32).raw("0f 30")
+    code.mov("rsi", DATA).label("sleep").sti().hlt().jmp("sleep")
+    registers = machine.long(code)
+    handler = Code(64, 0x9000).raw("50 53 ff 06").mov("rbx", LAPIC + 0xB0).mov("eax", 0).store("rbx", "eax")
+    machine.handler(0x40, handler.raw("5b 58").iretq())
+    return registers
+
+
+def _interrupts_in(machine: Machine, registers: Registers, seconds: float) -> int:
+    running = machine.spawn(0, registers)
+    time.sleep(seconds)
+    assert running.join(kick=True).reason == StopReason.KICKED
+    return machine.memory.load_u32(DATA)
+
+
+@pytest.mark.parametrize("deadline", [(1 << 64) - 1, 1 << 63, (1 << 63) + (1 << 62)])
+def test_deadline_in_the_far_future_never_comes(machine: Machine, deadline: int) -> None:
+    assert _interrupts_in(machine, _timer(machine, 0x4_0040, 0, deadline), 0.05) == 0
+
+
+def test_timer_of_a_nanosecond_does_not_drive_the_host(machine: Machine) -> None:
+    begin = machine.partition.time()
+    count = _interrupts_in(machine, _timer(machine, 0x2_0040, 1), 0.3)
+    assert 10 < count <= (machine.partition.time() - begin) / 20_000 + 2

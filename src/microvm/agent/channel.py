@@ -93,6 +93,11 @@ class Channel:
         except OSError:
             return False
 
+    def release(self) -> socket.socket:
+        """The socket, for another owner; this channel is over."""
+        self.closed = True
+        return self._sock
+
     def hang_up(self) -> None:
         """End the connection under a thread that waits on it; that thread then sees it lost."""
         try:

@@ -115,6 +115,14 @@ class AgentClient:
         self._give_back(channel)
         return ready
 
+    def adopt(self, sock: socket.socket) -> None:
+        """Use ``sock``, which is connected to the agent and idle, for the next request."""
+        self._give_back(Channel(sock))
+
+    def release(self) -> socket.socket:
+        """Give up an idle connection, for somebody else's `adopt`. Raises ExecError where it cannot be had."""
+        return self._take().release()
+
     def run(
         self,
         argv: Sequence[wire.Text],
@@ -232,6 +240,14 @@ class AgentClient:
     def reseed(self, seed: bytes | None = None) -> None:
         """Mix up to 512 bytes of randomness into the guest's generator: clones must not draw the same numbers."""
         self.perform(op.simple(wire.RESEED, wire.random_seed() if seed is None else seed))
+
+    def renew(self, *, frozen_clock: bool = False) -> None:
+        """Make the guest, a copy, a machine of its own: clock (unless frozen), randomness, host name, machine id.
+
+        Nothing else should be asked of it before.
+        """
+        identity = wire.random_seed()[:16].hex()
+        self.perform(op.renew(0 if frozen_clock else time.time_ns(), f"microvm-{identity[:8]}", f"{identity}\n"))
 
     def sync(self) -> None:
         """Have the guest write everything to its disks."""

@@ -169,6 +169,12 @@ def set_clock(time_ns: int) -> Operation[bytes]:
     return simple(wire.CLOCK_SET, struct.pack("<Q", time_ns))
 
 
+def renew(time_ns: int, host_name: str, machine_id: str) -> Operation[bytes]:
+    """Make the guest another machine than the one it is a copy of. ``time_ns`` 0 leaves its clock alone."""
+    names = wire.path_string(host_name) + wire.path_string(machine_id)
+    return simple(wire.RENEW, struct.pack("<Q", time_ns) + names + wire.random_seed())
+
+
 def shutdown(restart: bool, grace_s: float) -> Operation[bytes]:
     """End the machine in good order."""
     return simple(wire.SHUTDOWN, _SHUTDOWN.pack(1 if restart else 0, int(grace_s * 1e9)))

@@ -19,6 +19,7 @@ RESEED      up to 512 random bytes -> OK
 SYNC        -> OK when everything is on the disks
 FREEZE      -> OK when the disk that takes the writes is consistent and still; THAW ends that
 SHUTDOWN    u32 0 off or 1 restart, u64 ns between SIGTERM and SIGKILL -> OK, then the machine ends
+RENEW       u64 ns since 1970 or 0, string host name, string machine id, up to 512 random bytes -> OK; for copies
 FILE_READ   u64 offset, u64 limit, path -> OK with a record, DATA*, END
 FILE_WRITE  u32 flags, u32 mode, u32 uid, u32 gid, u64 size, path; DATA*, END -> OK after the END
 STAT        u32 flags, path -> OK with a record
@@ -75,6 +76,7 @@ SYNC: Final = 0x06
 FREEZE: Final = 0x07
 THAW: Final = 0x08
 SHUTDOWN: Final = 0x09
+RENEW: Final = 0x0A
 FILE_READ: Final = 0x10
 FILE_WRITE: Final = 0x11
 STAT: Final = 0x12

@@ -41,6 +41,18 @@ class EventDevice(NamedTuple):
     value: int = spec.NOTIFY_DEVICE
 
 
+GENERATION_GSI: Final = layout.GED_SPARE_GSIS[0]
+GENERATION_ID_SIZE: Final = 16
+GENERATION: Final = EventDevice(
+    "VGEN",
+    aml.name("_HID", aml.string("MVMVGID"))
+    + aml.name("_CID", aml.package(aml.string("VM_Gen_Counter"), aml.string("VMGENCTR")))
+    + aml.name("_DDN", aml.string("VM_Gen_Counter"))
+    + aml.name("ADDR", aml.package(aml.integer(layout.GENERATION_ID), aml.integer(0))),
+    GENERATION_GSI,
+)
+"""The VM generation id: 16 bytes at `layout.GENERATION_ID` that change when this guest is a copy of another."""
+
 POWER_BUTTON: Final = EventDevice("PWRB", aml.name("_HID", aml.eisa_id("PNP0C0C")), layout.GED_GSI)
 
 
@@ -138,7 +150,8 @@ def _event_device(events: Iterable[EventDevice]) -> bytes:
         "GED",
         aml.name("_HID", aml.string("ACPI0013")),
         aml.name("_UID", aml.integer(0)),
-        aml.name("_CRS", aml.resources(aml.interrupt(*gsis))),
+        # A descriptor for each: Linux looks at the first interrupt of a descriptor only (6.1, drivers/acpi/evged.c).
+        aml.name("_CRS", aml.resources(*(aml.interrupt(gsi) for gsi in gsis))),
         aml.method(
             "_EVT",
             1,

@@ -40,6 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments in (["--version"], ["-V"]):
         return _print_version()
+    if arguments[:1] == ["run"] and argv is None:
+        from .fast import attempt
+
+        code = attempt(arguments)
+        if code is not None:
+            return code
     try:
         return _dispatch(arguments)
     except KeyboardInterrupt:
@@ -132,6 +138,11 @@ def _usage(sentence: str) -> Exception:
     from ..errors import ConfigError
 
     return ConfigError("command line", "", sentence)
+
+
+def preload(name: str) -> None:
+    """Import what the subcommand ``name`` is parsed with, in a process that is going to be copied."""
+    _parser(name)
 
 
 def _parser(used: str | None) -> tuple[argparse.ArgumentParser, Any]:

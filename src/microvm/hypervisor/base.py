@@ -62,7 +62,8 @@ class Capabilities:
 
     ``doorbells``: `Partition.doorbell` works. ``dirty_log``: `Partition.dirty` works. ``save``: state can be saved.
     ``pio_latch``: `Partition.latch_pio` works. ``irqfd``: `Partition.route_irq` works. ``max_vcpus`` is the limit.
-    ``host_writes``: `Partition.host_wrote` must be told of every write the host makes to guest memory.
+    ``fork``: the process may fork while no vCPU runs; the child has a partition of its own then, with doorbells to be
+    connected anew. ``host_writes``: `Partition.host_wrote` must be told of every write the host makes to guest memory.
     """
 
     max_vcpus: int
@@ -72,6 +73,7 @@ class Capabilities:
     pio_latch: bool = False
     irqfd: bool = False
     host_writes: bool = False
+    fork: bool = False
 
 
 @dataclass(slots=True)
@@ -243,8 +245,8 @@ class Partition(Protocol):
     def doorbell(self, gpa: int, size: int, value: int, event: Event) -> bool:
         """Turn guest writes of ``value`` (``size`` bytes at ``gpa``) into ``event.set()`` without entering Python.
 
-        Returns False where the backend cannot; the write then reaches the bus as ever, so the MMIO path must do the
-        same work.
+        Asked again for the same write, the new event replaces the old one. Returns False where the backend cannot; the
+        write then reaches the bus as ever, so the MMIO path must do the same work.
         """
 
     def latch_pio(self, port: int, value: int | None) -> bool:

@@ -5,10 +5,15 @@ Backends are imported when first asked for: each needs a library or a host of it
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import os
+import sys
+from pathlib import Path
 from typing import Final
 
+from .._version import __version__
 from ..errors import BackendUnavailable, ConfigError
 from .base import Availability, Hypervisor
 
@@ -64,6 +69,29 @@ def choose(name: str = AUTO) -> Hypervisor:
     ConfigError for an unknown name, BackendUnavailable if nothing passes.
     """
     return load(name if name != AUTO else automatic().name)
+
+
+def remembered(path: Path, boot: str) -> str:
+    """The name that ``auto`` stands for, without probing if ``path`` says what it was on this ``boot`` of the host.
+
+    Whatever could change the answer is in the file's first line. Raises BackendUnavailable if no backend passes.
+    """
+    device = os.stat("/dev/kvm") if os.path.exists("/dev/kvm") else None
+    usable = os.access("/dev/kvm", os.R_OK | os.W_OK)
+    circumstances = repr((boot, __version__, sys.version, usable, device and device.st_ino))
+    try:
+        said, name = path.read_text().splitlines()[:2]
+        if said == circumstances and name in _BACKENDS:
+            return name
+    except (OSError, ValueError):
+        pass
+    name = automatic().name
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(f"{circumstances}\n{name}\n")
+        os.replace(temporary, path)
+    return name
 
 
 def automatic() -> Availability:

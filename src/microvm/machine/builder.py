@@ -8,12 +8,13 @@ it exists, so a failure half-way leaves nothing behind and `close` is the same c
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from .._os.event import Event
-from ..boot import VirtioSlot, layout, virtio_slot
+from ..boot import VirtioSlot, acpi, layout, virtio_slot
 from ..bus import Bus
 from ..devices.i8042 import I8042
 from ..devices.ioapic import IoApic
@@ -33,6 +34,7 @@ from .reactor import Reactor
 
 if TYPE_CHECKING:
     from ..devices.balloon import Balloon
+    from .snapshots import Origin, Restored
     from .vsock_host import VsockHost
 
 EndMachine = Callable[[Outcome, InternalError | None], None]
@@ -63,7 +65,12 @@ class Machine:
     """The assembled parts. `MicroVM` owns one; nobody else reaches into it but snapshots and tests."""
 
     def __init__(
-        self, config: MachineConfig, hypervisor: Hypervisor, end: EndMachine, devices: Sequence[VirtioDevice] = ()
+        self,
+        config: MachineConfig,
+        hypervisor: Hypervisor,
+        end: EndMachine,
+        devices: Sequence[VirtioDevice] = (),
+        restored: Restored | None = None,
     ) -> None:
         self.config = config
         self._extra_devices = devices
@@ -76,18 +83,25 @@ class Machine:
         self.vcpus: list[Vcpu] = []
         self.bus = Bus()
         self._end = end
-        self._events: list[Event] = []
+        self.origin: Origin | None = None
+        self._bells: dict[tuple[int, int], Event] = {}
         self._resources = contextlib.ExitStack()
         try:
-            self._build()
+            self._build(restored)
         except BaseException:
             self._resources.close()
             raise
 
-    def _build(self) -> None:
+    def _build(self, restored: Restored | None) -> None:
         config, resources = self.config, self._resources
-        config.check_files()
-        self.memory: GuestMemory = wiring.allocate_memory(config.memory_mib)
+        self.memory: GuestMemory
+        if restored is None:
+            config.check_files()
+            self.memory = wiring.allocate_memory(config.memory_mib)
+        else:
+            restored.check(self.hypervisor)
+            self.memory = GuestMemory.from_mapping(restored.snapshot.map(), of_file=True)
+            self.origin = restored.origin()
         resources.callback(self.memory.close)
         self.partition = self.hypervisor.create_partition(PartitionConfig(vcpus=config.cpus))
         resources.callback(self.partition.close)
@@ -98,10 +112,17 @@ class Machine:
         self._add_platform()
         self.reactor = Reactor(self._io_failed)
         self._add_virtio()
-        self.boot = wiring.load_kernel(config, self.memory, [slot.place for slot in self.slots])
         for index in range(config.cpus):
             self.vcpus.append(self.partition.create_vcpu(index))
-        self.vcpus[0].set_registers(self.boot.registers)
+        if restored is None:
+            boot = wiring.load_kernel(config, self.memory, [slot.place for slot in self.slots])
+            self.memory.write(layout.GENERATION_ID, os.urandom(acpi.GENERATION_ID_SIZE))
+            self.vcpus[0].set_registers(boot.registers)
+        else:
+            from . import snapshots
+
+            snapshots.apply(self, restored)
+            self.renew()
 
     def _add_platform(self) -> None:
         bus, partition = self.bus, self.partition
@@ -124,6 +145,7 @@ class Machine:
         self.power = Power(partial(self._end, Outcome(End.POWERED_OFF), None), reset, layout.RESET_VALUE)
         bus.map_pio(layout.SLEEP_CONTROL_PORT, 3, self.power)
         bus.map_pio(layout.I8042_PORT, 1, I8042(reset))
+        self._generation = self.ioapic.line(acpi.GENERATION_GSI)
         self.power_button = PowerButton(self.ioapic.line(layout.GED_GSI))
 
     def _add_virtio(self) -> None:
@@ -179,6 +201,7 @@ class Machine:
         self.bus.map_mmio(place.gpa, place.size, transport)
         slot = Slot(transport, place, reactor)
         self.slots.append(slot)
+        self._resources.callback(_let_go, device)
         return slot
 
     @property
@@ -198,14 +221,47 @@ class Machine:
         if self.vsock is not None:
             self._resources.callback(self.vsock.close)  # before the reactors stop
             self.vsock.start()
+        self._resources.callback(self._close_bells)
+        self._connect_doorbells()
+
+    def renew(self) -> None:
+        """Tell the guest that it is a copy: a new generation id, on which Linux reseeds its random numbers at once."""
+        self.memory.write(layout.GENERATION_ID, os.urandom(acpi.GENERATION_ID_SIZE))
+        self._generation.pulse()
+
+    def suspend(self) -> None:
+        """End the I/O threads and keep everything else, so that the process may fork; then `resume`."""
+        for reactor in self.reactors:
+            reactor.suspend()
+
+    def resume(self) -> None:
+        """New I/O threads after `suspend`."""
+        for reactor in self.reactors:
+            reactor.resume()
+
+    def forked(self) -> None:
+        """In the child, between `suspend` and `resume`: what is shared with the parent is let go, and made anew."""
+        if self.vsock is not None:
+            self.vsock.forked()
+        for reactor in self.reactors:
+            reactor.forget_all()
+        self._close_bells()
+        self._connect_doorbells()
+        self.renew()
+
+    def _close_bells(self) -> None:
+        for event in self._bells.values():
+            event.close()
+        self._bells.clear()
+
+    def _connect_doorbells(self) -> None:
         if self.partition.caps.doorbells:
             for slot in self.slots:
                 for index in range(slot.queue_count):
                     self._connect_doorbell(slot, index)
 
     def _connect_doorbell(self, slot: Slot, index: int) -> None:
-        event = Event()
-        self._resources.callback(event.close)
+        event = self._bells[slot.place.gsi, index] = Event()
         if not self.partition.doorbell(slot.place.gpa + MmioReg.QUEUE_NOTIFY, _NOTIFY_SIZE, index, event):
             return
         transport = slot.transport
@@ -267,6 +323,12 @@ class Machine:
         self._end(Outcome(End.CRASHED, "internal error"), error)
 
 
+def _let_go(device: VirtioDevice) -> None:
+    """Drop what the device holds of guest memory, so that closing the memory frees it at once."""
+    with device.lock:
+        device.reset()
+
+
 def _drain(transport: VirtioMmio) -> None:
     for queue in transport.device.vqs:
         if queue.ready:
@@ -274,12 +336,20 @@ def _drain(transport: VirtioMmio) -> None:
 
 
 def build(
-    config: MachineConfig, hypervisor: Hypervisor | None, end: EndMachine, devices: Sequence[VirtioDevice] = ()
+    config: MachineConfig,
+    hypervisor: Hypervisor | None,
+    end: EndMachine,
+    devices: Sequence[VirtioDevice] = (),
+    restored: Restored | None = None,
 ) -> Machine:
-    """Assemble a machine. Raises ConfigError, BootError, BackendUnavailable, HostError; then nothing is left of it."""
+    """Assemble a machine, from a snapshot if one is given; on any error nothing is left of it.
+
+    Raises ConfigError, BootError, BackendUnavailable, HostError, SnapshotError.
+    """
     if hypervisor is None:
         from ..hypervisor.select import choose
 
-        config.check_files()  # before the backends are probed: a wrong file name is answered at once
+        if restored is None:
+            config.check_files()  # before the backends are probed: a wrong file name is answered at once
         hypervisor = choose(config.backend)
-    return Machine(config, hypervisor, end, devices)
+    return Machine(config, hypervisor, end, devices, restored)

@@ -13,7 +13,8 @@ import os
 import sys
 import threading
 import weakref
-from typing import TYPE_CHECKING, Final, Self
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from ..errors import ConfigError, InternalError, StateError
 from .builder import build
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from ..hypervisor.base import Hypervisor
     from ..virtio import VirtioDevice
+    from .snapshots import Origin, Restored
     from .vsock_host import VsockHost
 
 SWITCH_INTERVAL_S: Final = 50e-6  # a vCPU thread in Python holds up I/O threads by at most this (default: 5 ms)
@@ -39,6 +41,7 @@ class State:
     BUILT: Final = "built"
     RUNNING: Final = "running"
     PAUSED: Final = "paused"
+    PARKED: Final = "parked"
     ENDED: Final = "ended"
     CLOSED: Final = "closed"
 
@@ -57,13 +60,16 @@ class MicroVM:
         *,
         devices: Sequence[VirtioDevice] = (),
         hypervisor: Hypervisor | None = None,
+        _restored: Restored | None = None,
     ) -> None:
         self.config = config
+        self._restored = _restored is not None
         self._lock = threading.RLock()
         self._state = State.BUILT
         self._owner = os.getpid()
+        self._end_listeners: list[Callable[[], None]] = []
         _tune_interpreter()
-        self._machine = build(config, hypervisor, self._end, devices)
+        self._machine = build(config, hypervisor, self._end, devices, _restored)
         self._threads = VcpuThreads(self._machine.vcpus, self._machine.bus, self._ended)
         _open_machines.add(self)
 
@@ -96,6 +102,25 @@ class MicroVM:
         return self._threads.outcome if self.state in (State.ENDED, State.CLOSED) else None
 
     @property
+    def ending(self) -> tuple[Outcome | None, InternalError | None]:
+        """The outcome as soon as it is decided, and the bug of ours that decided it, if one did. Any thread."""
+        return self._threads.outcome, self._threads.error
+
+    def on_end(self, listener: Callable[[], None]) -> None:
+        """Call ``listener`` when the guest has ended, on a thread of the machine. It must not block or wait."""
+        self._end_listeners.append(listener)
+
+    @property
+    def can_fork(self) -> bool:
+        """Whether `park` works: the backend can fork, and no disk would be written to by two machines."""
+        return self._machine.partition.caps.fork and all(disk.read_only for disk in self.config.disks)
+
+    @property
+    def thread_count(self) -> int:
+        """How many Python threads the machine has while it runs."""
+        return len(self._machine.vcpus) + len(self._machine.reactors)
+
+    @property
     def serial(self) -> Console:
         """The serial port, ttyS0."""
         return self._machine.serial
@@ -122,6 +147,8 @@ class MicroVM:
             self._owner = os.getpid()
             try:
                 self._machine.start()
+                if self._restored:
+                    self._machine.partition.resume_time()
                 self._threads.start()
             except BaseException:
                 self.close()
@@ -143,6 +170,98 @@ class MicroVM:
             self._machine.partition.resume_time()
             self._threads.release()
             self._state = State.RUNNING
+
+    @classmethod
+    def restore(
+        cls, path: str | os.PathLike[str], *, hypervisor: Hypervisor | None = None, verify: bool = False
+    ) -> Self:
+        """The machine that `snapshot` saved in ``path``, standing still: `start` lets it go on.
+
+        Its memory is the file's, read page by page as it is used and never written to. It is a copy, and its guest is
+        told so: it has a new VM generation id, and its connections to the host are reset. Its clock goes on from where
+        it stood (a sandbox sets it). ``verify`` reads all of the file first. Raises SnapshotError with one sentence,
+        BackendUnavailable, HostError.
+        """
+        from .snapshots import Restored
+
+        restored = Restored.open(path, verify)
+        try:
+            return cls(restored.config, hypervisor=hypervisor, _restored=restored)
+        finally:
+            restored.close()
+
+    def snapshot(
+        self, path: str | os.PathLike[str], *, difference: bool = False, note: dict[str, Any] | None = None
+    ) -> str:
+        """Save the machine into the file ``path`` and let it go on as it was: running, paused, or not yet started.
+
+        A ``difference`` holds only the memory that was written since the snapshot the machine was restored from, and
+        needs that one to be restored. ``note`` is kept with it: plain values by name. Returns the snapshot's id. Raises
+        StateError for a machine that has ended or has writable disks, HostError if the file cannot be written; then
+        ``path`` is as it was.
+        """
+        return self._save(path, difference=difference, note=note).id
+
+    def _save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        difference: bool = False,
+        note: dict[str, Any] | None = None,
+        durable: bool = True,
+        step: Callable[[str], None] | None = None,
+    ) -> Origin:
+        from . import snapshots
+
+        with self._lock:
+            running, parked = self.state == State.RUNNING, self.state in (State.PARKED, State.BUILT)
+            if not running and not parked:
+                self._require(State.PAUSED)
+            if running:
+                self.pause()
+            try:
+                if not parked:
+                    self._machine.suspend()  # I/O threads write memory too
+                try:
+                    return snapshots.save(
+                        self._machine, path, difference=difference, note=note, durable=durable, step=step
+                    )
+                finally:
+                    if not parked:
+                        self._machine.resume()
+            finally:
+                if running:
+                    self.resume()
+
+    def park(self) -> None:
+        """Pause, and end every thread of the machine, so that the process can fork. Raises StateError unless running.
+
+        In the parent `unpark` lets it go on; in the child, which has a machine of its own then, call `forked` first.
+        """
+        with self._lock:
+            if not self._machine.partition.caps.fork:
+                raise StateError(f"the {self.backend} backend cannot fork a machine")
+            if any(not disk.read_only for disk in self.config.disks):
+                raise StateError("a machine with writable disks cannot be forked: two would write to one disk")
+            self.pause()
+            self._threads.park()
+            self._machine.suspend()
+            self._state = State.PARKED
+
+    def forked(self) -> None:
+        """In the child of a fork: make the parked machine this process's own. The guest is told that it is a copy."""
+        self._require(State.PARKED)
+        self._owner = os.getpid()
+        self._machine.forked()
+
+    def unpark(self) -> None:
+        """Go on after `park`. Raises StateError."""
+        with self._lock:
+            self._require(State.PARKED)
+            self._machine.resume()
+            self._threads.unpark()
+            self._state = State.PAUSED
+            self.resume()
 
     def wait(self, timeout_s: float | None = None) -> Outcome | None:
         """Wait for the guest to end and say how, or None after ``timeout_s``.
@@ -211,7 +330,11 @@ class MicroVM:
 
     def _ended(self) -> None:
         """On the last vCPU thread: nothing will come from the guest any more."""
-        self._machine.quiesce()
+        try:
+            self._machine.quiesce()
+        finally:
+            for listener in self._end_listeners:
+                listener()
 
 
 _open_machines: weakref.WeakSet[MicroVM] = weakref.WeakSet()

@@ -80,6 +80,7 @@ class Reactor:
         self._waiting: set[threading.Event] = set()  # callers inside call_and_wait
         self._awake = False
         self._stopping = False
+        self._suspending = False
 
     @property
     def running(self) -> bool:
@@ -95,12 +96,46 @@ class Reactor:
         with self._lock:
             if self._thread is not None or self._stopping:
                 raise StateError("the reactor was started before")
-            self._event = Event()
-            self._poller = Poller()
-            self._poller.set(self._event.fd, READABLE)
-            self._awake = True  # the first round looks at the calls without being told
-            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            self._thread.start()
+            self._begin()
+
+    def _begin(self) -> None:
+        self._event = Event()
+        self._poller = Poller()
+        self._poller.set(self._event.fd, READABLE)
+        for fd, watch in self._watches.items():
+            self._poller.set(fd, watch.mask())
+        self._awake = True  # the first round looks at the calls without being told
+        self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        self._thread.start()
+
+    def suspend(self) -> None:
+        """End the thread as `stop` does, but keep what is watched and what was posted, for `resume`.
+
+        After it the process may fork. Not on the reactor's thread. Raises StateError unless running.
+        """
+        with self._lock:
+            thread = self._thread
+            if thread is None or self._stopping:
+                raise StateError("the reactor does not run")
+            self._suspending = self._stopping = True
+            assert self._event is not None
+            self._event.set()
+        thread.join()
+
+    def resume(self) -> None:
+        """Go on after `suspend`, in this process or in a forked one. Raises StateError."""
+        with self._lock:
+            if not self._suspending:
+                raise StateError("the reactor was not suspended")
+            self._suspending = self._stopping = False
+            self._begin()
+
+    def forget_all(self) -> None:
+        """While suspended: watch nothing any more, and drop timers and calls. For the forked process."""
+        self._calls.clear()
+        self._watches.clear()
+        self._timers.clear()
+        self._lock = threading.Lock()
 
     def stop(self) -> None:
         """End the thread, wait for it, and free the reactor's own descriptors. Idempotent.
@@ -171,7 +206,7 @@ class Reactor:
 
     def call_soon_threadsafe(self, callback: Callback) -> None:
         """Run ``callback`` on the reactor's thread, in the order posted. Does nothing after ``stop``."""
-        if self._stopping:
+        if self._stopping and not self._suspending:
             return
         self._calls.append(callback)
         # Posting and waking are two steps; the loop lowers the flag before it looks at the queue, so a callback
@@ -181,7 +216,7 @@ class Reactor:
             event = self._event
             if event is not None and not self.in_thread():
                 with self._lock:
-                    event.set()
+                    event.set()  # does nothing while suspended: the first round after that looks by itself
 
     def call_later(self, seconds: float, callback: Callback) -> Timer:
         """Run ``callback`` on the reactor's thread no sooner than ``seconds`` from now."""
@@ -260,6 +295,8 @@ class Reactor:
         try:
             while True:
                 self._awake = False
+                if self._suspending:
+                    return
                 self._run_calls()
                 if self._stopping:
                     return
@@ -279,11 +316,14 @@ class Reactor:
                 self._stopping = True
                 event.close()
                 poller.close()
-                for done in self._waiting:
-                    done.set()
-            self._calls.clear()
-            self._watches.clear()
-            self._timers.clear()
+                suspending = self._suspending
+                if not suspending:
+                    for done in self._waiting:
+                        done.set()
+            if not suspending:
+                self._calls.clear()
+                self._watches.clear()
+                self._timers.clear()
 
     def _serve(self, fd: int, watch: _Watch, ready: int) -> None:
         gone = ready & HANGUP

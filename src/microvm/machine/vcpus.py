@@ -19,6 +19,7 @@ from .outcome import End, Outcome
 _RUN: Final = 0
 _HOLD: Final = 1
 _END: Final = 2
+_PARK: Final = 3
 
 
 class VcpuThreads:
@@ -34,6 +35,7 @@ class VcpuThreads:
         self._inside = 0  # vCPU threads between admission and the return of `run`
         self._alive = 0
         self._halted = 0
+        self._parked = False
         self._threads: list[threading.Thread] = []
         self._done = threading.Event()
         self.outcome: Outcome | None = None
@@ -71,6 +73,26 @@ class VcpuThreads:
                 self._wanted = _RUN
                 self._changed.notify_all()
 
+    def park(self) -> None:
+        """While held: end the threads themselves, so that the process may fork. `unpark` makes new ones."""
+        with self._changed:
+            if self._wanted != _HOLD:
+                return
+            self._wanted = _PARK
+            self._changed.notify_all()
+        self.join()
+        with self._changed:
+            self._parked = self._wanted == _PARK
+            self._halted = 0
+
+    def unpark(self) -> None:
+        """New threads, held as they were. In this process or in one forked from it."""
+        self._changed = threading.Condition()
+        if self._parked:
+            self._parked = False
+            self._wanted = _HOLD
+            self.start()
+
     def end(self, outcome: Outcome, error: InternalError | None = None) -> None:
         """End the machine. The first outcome counts. Any thread; returns before the vCPUs are out."""
         with self._changed:
@@ -79,7 +101,10 @@ class VcpuThreads:
                 self.error = error
             self._wanted = _END
             self._changed.notify_all()
+            parked, self._parked = self._parked, False
         self._kick()
+        if parked:
+            self._finish()  # there is no thread to do it
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until no vCPU runs any more and ``ended`` has returned. False if that took longer than ``timeout_s``."""
@@ -99,7 +124,7 @@ class VcpuThreads:
         with self._changed:
             while self._wanted == _HOLD:
                 self._changed.wait()
-            if self._wanted == _END:
+            if self._wanted in (_END, _PARK):
                 return False
             self._inside += 1
             return True
@@ -134,7 +159,7 @@ class VcpuThreads:
         finally:
             with self._changed:
                 self._alive -= 1
-                last = self._alive == 0
+                last = self._alive == 0 and self._wanted != _PARK
             if last:
                 self._finish()
 
@@ -146,7 +171,7 @@ class VcpuThreads:
         if everyone:
             self.end(Outcome(End.HALTED, "every vCPU stands still with interrupts off"))
         with self._changed:
-            self._changed.wait_for(lambda: self._wanted == _END)
+            self._changed.wait_for(lambda: self._wanted in (_END, _PARK))
 
     def _finish(self) -> None:
         try:

@@ -181,6 +181,14 @@ class VsockHost:
         except StateError:
             self._end()  # the reactor has stopped, or never started: nobody else touches the sockets
 
+    def forked(self) -> None:
+        """In a forked child with its I/O thread suspended: streams are the parent's, the guest's ends are reset."""
+        self._lock = threading.Lock()
+        self._listeners.clear()
+        self._door = None
+        for pump in list(self._pumps.all):
+            pump.give_up()
+
     def _end(self) -> None:
         door, self._door = self._door, None
         if door is not None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from ..boot import BootState, VirtioSlot, load
+from ..boot import BootState, VirtioSlot, acpi, load
 from ..disk import RawDisk
 from ..errors import BootError, ConfigError, HostError
 from ..memory import GuestMemory
@@ -50,7 +50,7 @@ def load_kernel(config: MachineConfig, memory: GuestMemory, slots: Sequence[Virt
         kernel = _open(stack, "kernel", config.kernel)
         initrds = [source if isinstance(source, bytes) else _open(stack, "initrd", source) for source in config.initrds]
         try:
-            return load(memory, kernel, initrds, config.cmdline, config.cpus, slots)
+            return load(memory, kernel, initrds, config.cmdline, config.cpus, slots, (acpi.GENERATION,))
         except BootError as error:
             raise BootError(f"{config.kernel}: {error}") from None
 

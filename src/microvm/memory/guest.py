@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from .._os.mapping import can_map_over, map_over, private_pages
 from ..errors import ConfigError, GuestMemoryError
 
 PAGE_SIZE: Final = 4096
@@ -27,6 +28,10 @@ HOLE_START: Final = 0xC000_0000
 HOLE_END: Final = 0x1_0000_0000
 MIN_MEMORY_MIB: Final = 64
 MAX_MEMORY_MIB: Final = 1 << 20
+MAX_HOLES: Final = 4096
+"""Pieces of a mapped file that are replaced by zeroes to give them back: each is one of the host's limited mappings
+(65,530 a process on Linux), and the guest chooses them. What goes beyond is zeroed by writing."""
+MIN_HOLE: Final = 256 << 10
 
 
 class MemoryRegion:
@@ -91,13 +96,16 @@ class GuestMemory:
                 raise ConfigError("memory region", hex(high.gpa), "overlaps another region")
         self._observers: list[Callable[[int, int], None]] = []
         self._mapping: mmap.mmap | None = None
+        self._of_file = False
+        self._holes: list[tuple[int, int]] = []
         self._first = self.regions[0]
 
     @classmethod
-    def from_mapping(cls, mapping: mmap.mmap) -> GuestMemory:
+    def from_mapping(cls, mapping: mmap.mmap, *, of_file: bool = False) -> GuestMemory:
         """Lay one host mapping out as RAM: from 0 to 3 GiB, the rest from 4 GiB up. The mapping becomes ours.
 
-        The gap below 4 GiB holds the APICs and the virtio devices (`boot/layout.py`).
+        ``of_file`` says that it is a private mapping of a file, whose pages come back when they are thrown away. The
+        gap below 4 GiB holds the APICs and the virtio devices (`boot/layout.py`).
         """
         size = len(mapping)
         hva = _address_of(mapping)
@@ -108,6 +116,7 @@ class GuestMemory:
             regions.append(MemoryRegion(HOLE_END, whole[low:], mapping, hva + low))
         memory = cls(regions)
         memory._mapping = mapping
+        memory._of_file = of_file
         return memory
 
     @classmethod
@@ -217,12 +226,44 @@ class GuestMemory:
         if gpa % PAGE_SIZE or size % PAGE_SIZE:
             raise GuestMemoryError(f"guest range {gpa:#x} + {size:#x} is not whole pages")
         mapping = self._mapping
-        if sys.platform != "win32" and mapping is not None:
+        if self._of_file:
+            self._punch(region, gpa, size)
+        elif sys.platform != "win32" and mapping is not None:
             mapping.madvise(mmap.MADV_DONTNEED, region.hva - self.regions[0].hva + gpa - region.gpa, size)
         else:
             start = gpa - region.gpa
             region.view[start : start + size] = bytes(size)
         self.written(gpa, size)
+
+    def _punch(self, region: MemoryRegion, gpa: int, size: int) -> None:
+        """`discard` for a private mapping of a file: MADV_DONTNEED would bring the file's content back."""
+        start = gpa - region.gpa
+        hva = region.hva + start
+        if size >= MIN_HOLE and len(self._holes) < MAX_HOLES and can_map_over() and map_over(hva, size):
+            self._holes.append(((hva - self.regions[0].hva) // PAGE_SIZE, size // PAGE_SIZE))
+            return
+        for at in range(start, start + size, MIN_HOLE):
+            end = min(at + MIN_HOLE, start + size)
+            region.view[at:end] = bytes(end - at)
+
+    @property
+    def image(self) -> memoryview:
+        """All RAM as one piece, in the order of the regions, the hole below 4 GiB left out. For snapshots.
+
+        Only of memory that is one mapping. The caller releases it before `close`.
+        """
+        assert self._mapping is not None
+        return memoryview(self._mapping)
+
+    def written_pages(self) -> list[tuple[int, int]] | None:
+        """Pages of `image` that may differ from what the memory began with: zeroes, or the file it is a mapping of.
+
+        Ascending pairs of first page and number of pages, or None where the host does not tell.
+        """
+        written = private_pages(self.regions[0].hva, self.size)
+        if written is None or not self._holes:
+            return written
+        return _union(written + self._holes)
 
     def __iter__(self) -> Iterator[MemoryRegion]:
         return iter(self.regions)
@@ -236,8 +277,20 @@ class GuestMemory:
             try:
                 mapping.close()
             except BufferError:
-                # A view is still held, by a device that has not been torn down; the pages go with the last one.
-                pass
+                # A view is still held by somebody: the addresses stay until it goes, the memory does not.
+                if sys.platform != "win32":
+                    mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def _union(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for first, count in sorted(ranges):
+        if merged and first <= sum(merged[-1]):
+            start, length = merged[-1]
+            merged[-1] = (start, max(length, first + count - start))
+        else:
+            merged.append((first, count))
+    return merged
 
 
 def _aligned(gpa: int, region: MemoryRegion, size: int) -> int:

@@ -116,7 +116,7 @@ def test_disassembler_reads_the_tables_as_meant(tmp_path: Path) -> None:
     assert "Hardware Reduced (V5) : 1" in text["facp"]
     dsdt = " ".join(text["dsdt"].split())
     assert 'Name (_HID, "LNRO0005")' in dsdt
-    assert "Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive, ,, ) { 0x00000005, 0x00000001, }" in dsdt
+    assert all(f"Exclusive, ,, ) {{ 0x0000000{gsi}, }}" in dsdt for gsi in (5, 1))
     assert "If ((Arg0 == 0x05)) { Notify (\\_SB.PWRB, 0x80)" in dsdt
     assert "If ((Arg0 == One)) { Notify (\\_SB.VGEN, 0x80)" in dsdt
     # What the compiler accepts, it understood: its warnings are about names it cannot know.

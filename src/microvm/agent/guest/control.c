@@ -69,6 +69,26 @@ static int reseed(const uint8_t *seed, size_t size)
     return failed ? -1 : 0;
 }
 
+static int write_file(const char *path, const char *text)
+{
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0444);
+    if (fd < 0)
+        return -1;
+    ssize_t size = (ssize_t)strlen(text);
+    int failed = write(fd, text, (size_t)size) != size;
+    close(fd);
+    return failed ? -1 : 0;
+}
+
+/* This machine is a copy of another: all that must differ, in one request, because nothing may run before it. An image
+ * without /etc has nobody who would look for a machine id there. */
+static int renew(uint64_t ns, const char *host, const char *id, const uint8_t *seed, size_t size)
+{
+    if ((ns && set_clock(ns)) || reseed(seed, size) || (*host && sethostname(host, strlen(host))))
+        return -1;
+    return *id && write_file("/etc/machine-id", id) && errno != ENOENT ? -1 : 0;
+}
+
 /* Without a disk that takes writes there is nothing to hold still: that is no error. */
 static int freeze(int thaw)
 {
@@ -92,16 +112,24 @@ void control_request(struct conn *conn, uint8_t type, struct reader *reader)
     uint8_t *payload = reader->at;
     if (type == REQ_SHUTDOWN)
         kind = get_u32(reader);
-    if (type == REQ_CLOCK_SET || type == REQ_SHUTDOWN)
+    if (type == REQ_CLOCK_SET || type == REQ_SHUTDOWN || type == REQ_RENEW)
         number = get_u64(reader);
-    else if (type == REQ_PING || type == REQ_RESEED)
+    const char *host = "", *id = "";
+    if (type == REQ_RENEW) {
+        host = get_string(reader);
+        id = get_string(reader);
+        payload = reader->at;
+        size = (size_t)(reader->end - reader->at);
         reader->at = reader->end;
-    if (reader->bad || reader->at != reader->end || (type == REQ_RESEED && size > SEED_MAX) ||
+    }
+    if (type == REQ_PING || type == REQ_RESEED)
+        reader->at = reader->end;
+    if (reader->bad || reader->at != reader->end || ((type == REQ_RESEED || type == REQ_RENEW) && size > SEED_MAX) ||
         (type == REQ_PING && size > MAX_DATA)) {
         conn_protocol_error(conn, "malformed request");
         return;
     }
-    if (testing && (type == REQ_CLOCK_SET || type == REQ_RESEED)) {
+    if (testing && (type == REQ_CLOCK_SET || type == REQ_RESEED || type == REQ_RENEW)) {
         conn_error(conn, EPERM, "not process 1"); /* the clock and the pool belong to the machine that tests us */
         return;
     }
@@ -117,6 +145,9 @@ void control_request(struct conn *conn, uint8_t type, struct reader *reader)
         break;
     case REQ_RESEED:
         answer(conn, reseed(payload, size), "reseed");
+        break;
+    case REQ_RENEW:
+        answer(conn, renew(number, host, id, payload, size), "renew");
         break;
     case REQ_SYNC:
         sync();

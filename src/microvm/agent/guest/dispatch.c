@@ -18,7 +18,7 @@ static void request(struct conn *conn, uint8_t type, uint32_t version, struct re
         exec_request(conn, reader);
     else if (type >= REQ_FILE_READ && type <= REQ_SET_ATTR)
         file_request(conn, type, reader);
-    else if (type >= REQ_PING && type <= REQ_SHUTDOWN)
+    else if (type >= REQ_PING && type <= REQ_RENEW)
         control_request(conn, type, reader);
     else
         conn_protocol_error(conn, "unknown request");

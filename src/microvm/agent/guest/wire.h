@@ -24,6 +24,7 @@ enum request_type {
     REQ_FREEZE = 0x07,
     REQ_THAW = 0x08,
     REQ_SHUTDOWN = 0x09,
+    REQ_RENEW = 0x0A,
     REQ_FILE_READ = 0x10,
     REQ_FILE_WRITE = 0x11,
     REQ_STAT = 0x12,

@@ -14,6 +14,11 @@ class SoftHypervisor:
 
     name = library.NAME
 
+    @property
+    def build(self) -> str:
+        """Which builds can take up each other's saved state: the same shim on the same engine."""
+        return library.build_id()
+
     def probe(self) -> Availability:
         """Run the tiny guest of `hypervisor.trial`. Tens of milliseconds."""
         try:

@@ -8,12 +8,14 @@ from a private copy, which the dynamic linker treats as another library.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import os
 import shutil
 import sys
 import tempfile
 import threading
+import zlib
 from pathlib import Path
 from typing import Final
 
@@ -102,6 +104,7 @@ def _declare(shim: ctypes.CDLL) -> None:
         "mv_load_library": (i, [text, text, size]),
         "mv_partition_new": (p, [i, u32, p, text, size]),
         "mv_partition_free": (None, [p]),
+        "mv_before_fork": (None, [p]),
         "mv_after_fork": (None, [p]),
         "mv_set_cpuid": (None, [p, p, i]),
         "mv_engine_cpuid": (None, [p, u32, u32, p]),
@@ -120,6 +123,7 @@ def _declare(shim: ctypes.CDLL) -> None:
         "mv_vcpu_run": (i, [p, i]),
         "mv_vcpu_kick": (None, [p, i]),
         "mv_vcpu_detail": (text, [p, i]),
+        "mv_vcpu_crashed": (ctypes.POINTER(u64), [p, i]),
         "mv_vcpu_env": (p, [p, i]),
         "mv_vcpu_msr": (i, [p, i, u32, p, i]),
         "mv_vcpu_translate": (i64, [p, i, u64]),
@@ -152,6 +156,14 @@ def _declare(shim: ctypes.CDLL) -> None:
         function.argtypes = arguments
 
 
+@functools.cache
+def build_id() -> str:
+    """Tells apart builds of shim and engine. Raises BackendUnavailable."""
+    engine = engine_path()
+    shim = (_HERE / "_shim.so").read_bytes()
+    return f"{zlib.crc32(shim):08x}-{engine.parent.parent.name}-{engine.stat().st_size}"
+
+
 def load() -> ctypes.CDLL:
     """The shim with the engine behind it. The first call loads both (about 10 ms). Raises BackendUnavailable."""
     global _shim
@@ -181,7 +193,10 @@ def _load() -> ctypes.CDLL:
             shim = ctypes.CDLL(str(shim_path), mode=os.RTLD_NOW | os.RTLD_GLOBAL)
         except OSError as error:
             raise _unavailable(str(error), "reinstall microvm") from error
-        _declare(shim)
+        try:
+            _declare(shim)
+        except AttributeError as error:
+            raise _unavailable(f"its shim is of another version ({error})", "reinstall microvm") from error
         message = ctypes.create_string_buffer(200)
         if shim.mv_load_library(os.fsencode(private or path), message, len(message)):
             raise _unavailable(message.value.decode(errors="replace"), "pip install 'microvm[soft]'")

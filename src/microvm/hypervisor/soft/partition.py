@@ -33,14 +33,20 @@ class SoftPartition:
         if not 1 <= config.vcpus <= MAX_VCPUS:
             raise ConfigError("cpus", config.vcpus, f"the software CPU has 1 to {MAX_VCPUS} virtual processors")
         self.caps = Capabilities(
-            max_vcpus=MAX_VCPUS, doorbells=True, dirty_log=True, save=True, pio_latch=True, host_writes=True
+            max_vcpus=MAX_VCPUS,
+            doorbells=True,
+            dirty_log=True,
+            save=True,
+            pio_latch=True,
+            host_writes=True,
+            fork=True,
         )
         self._shim = library.load()
         self._bus: Bus | None = None
         self.error: BaseException | None = None
         self._vcpus: dict[int, SoftVcpu] = {}
         self._regions: dict[tuple[int, int], MemoryRegion] = {}
-        self._events: list[Event] = []
+        self._events: dict[tuple[int, int, int], Event] = {}
         self._callbacks = self._make_callbacks()
         message = ctypes.create_string_buffer(200)
         handle = self._shim.mv_partition_new(
@@ -135,7 +141,7 @@ class SoftPartition:
     def doorbell(self, gpa: int, size: int, value: int, event: Event) -> bool:
         taken = bool(self._shim.mv_doorbell(self._open(), gpa, size, value, event.fileno()))
         if taken:
-            self._events.append(event)
+            self._events[gpa, size, value] = event
         return taken
 
     def latch_pio(self, port: int, value: int | None) -> bool:
@@ -192,6 +198,12 @@ class SoftPartition:
 _live: weakref.WeakSet[SoftPartition] = weakref.WeakSet()
 
 
+def _before_fork() -> None:
+    for partition in list(_live):
+        if partition.handle is not None:
+            partition._shim.mv_before_fork(partition.handle)
+
+
 def _after_fork() -> None:
     for partition in list(_live):
         if partition.handle is not None:
@@ -199,4 +211,4 @@ def _after_fork() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from ...bus import Bus
@@ -76,7 +77,9 @@ class SoftVcpu:
                 raise error
             return STOP_KICKED
         detail = self._shim.mv_vcpu_detail(self._handle, self.index).decode(errors="replace")
-        return VcpuStop(StopReason.CRASHED, TRIPLE_FAULT if stop == _TRIPLE_FAULT else detail, self.get_registers())
+        # As they were then: by now another vCPU may run on the engine, which must not be touched under it.
+        registers = self._decode(self._shim.mv_vcpu_crashed(self._handle, self.index)[:_FLAT_WORDS])
+        return VcpuStop(StopReason.CRASHED, TRIPLE_FAULT if stop == _TRIPLE_FAULT else detail, registers)
 
     def kick(self) -> None:
         handle = self._partition.handle
@@ -89,6 +92,9 @@ class SoftVcpu:
     def get_registers(self) -> Registers:
         flat = (ctypes.c_uint64 * _FLAT_WORDS)()
         self._shim.mv_env_get(self._env(), flat)
+        return self._decode(flat)
+
+    def _decode(self, flat: Iterable[int]) -> Registers:
         registers = Registers()
         words = iter(flat)
         for name in _GENERAL:

@@ -19,6 +19,8 @@
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <elf.h>
+#include <link.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -186,6 +188,62 @@ struct symbol {
     const char *name;
 };
 
+/* The library ends the process where it finds itself inconsistent, and a guest can bring that about with instructions
+ * its translator does not foresee. Its calls of abort() and exit() come here instead: the C library stands before us
+ * in the order of lookup, so interposition does not reach these two, but their slots in the library's table of imports
+ * are data. The engine is left as it stands, by a jump past all of its frames, and never runs again. */
+static void gave_up(void)
+{
+    Partition *p = current;
+    if (!p)
+        abort();
+    p->broken = 1;
+    partition_crash(p, STOP_ABORT, "the software CPU met an instruction that it cannot translate");
+    longjmp(p->escape, 1);
+}
+
+static void gave_up_with(int status)
+{
+    if (!current)
+        exit(status);
+    gave_up();
+}
+
+static int redirect_aborts(void *handle)
+{
+    struct link_map *map;
+    const Elf64_Rela *entries = NULL;
+    const Elf64_Sym *symbols = NULL;
+    const char *names = NULL;
+    uint64_t size = 0;
+    int found = 0;
+    if (dlinfo(handle, RTLD_DI_LINKMAP, &map))
+        return -1;
+    for (const Elf64_Dyn *d = map->l_ld; d->d_tag != DT_NULL; d++) {
+        if (d->d_tag == DT_JMPREL)
+            entries = (const Elf64_Rela *)d->d_un.d_ptr;
+        else if (d->d_tag == DT_PLTRELSZ)
+            size = d->d_un.d_val;
+        else if (d->d_tag == DT_SYMTAB)
+            symbols = (const Elf64_Sym *)d->d_un.d_ptr;
+        else if (d->d_tag == DT_STRTAB)
+            names = (const char *)d->d_un.d_ptr;
+    }
+    if (!entries || !symbols || !names)
+        return -1;
+    for (uint64_t i = 0; i < size / sizeof *entries; i++) {
+        const char *name = names + symbols[ELF64_R_SYM(entries[i].r_info)].st_name;
+        void **slot = (void **)(map->l_addr + entries[i].r_offset);
+        if (!strcmp(name, "abort")) {
+            *slot = (void *)gave_up;
+            found++;
+        } else if (!strcmp(name, "exit")) {
+            *slot = (void *)gave_up_with;
+        }
+    }
+    return found ? 0 : -1;
+}
+
 int engine_load(const char *library, char *message, size_t size)
 {
     const struct symbol symbols[] = {
@@ -271,6 +329,11 @@ int engine_load(const char *library, char *message, size_t size)
     unsigned major = 0, minor = 0;
     if ((lib.version(&major, &minor) & 0xFFFFFF00u) != (UC_VERSION_EXPECTED & 0xFFFFFF00u)) {
         snprintf(message, size, "unicorn 2.1.4 is needed, this is %u.%u", major, minor);
+        dlclose(handle);
+        return -1;
+    }
+    if (redirect_aborts(handle)) {
+        snprintf(message, size, "this build of the unicorn library does not show its imports");
         dlclose(handle);
         return -1;
     }
@@ -602,6 +665,8 @@ static int exec_interrupt(uint8_t *cpu, int request)
 static uint64_t on_mmio_read(uint8_t *uc, uint64_t offset, unsigned size, void *base)
 {
     (void)uc;
+    if (!current)
+        return 0; /* the host walks page tables that the guest has put outside memory: nothing is mapped there */
     if (exit_before(current, EXIT_MMIO_READ, (uint64_t)(uintptr_t)base + offset, size, 0))
         abandon(U64(current->cpu, CPU_MEM_IO_PC));
     return partition_mmio_read(current, (uint64_t)(uintptr_t)base + offset, size);
@@ -610,6 +675,8 @@ static uint64_t on_mmio_read(uint8_t *uc, uint64_t offset, unsigned size, void *
 static void on_mmio_write(uint8_t *uc, uint64_t offset, unsigned size, uint64_t value, void *base)
 {
     (void)uc;
+    if (!current)
+        return;
     if (exit_before(current, EXIT_MMIO_WRITE, (uint64_t)(uintptr_t)base + offset, size, value))
         abandon(U64(current->cpu, CPU_MEM_IO_PC));
     partition_mmio_write(current, (uint64_t)(uintptr_t)base + offset, size, value);
@@ -719,7 +786,7 @@ void engine_close(Partition *p)
 int engine_run(Partition *p)
 {
     current = p;
-    int error = lib.emu_start(p->uc, U64(p->env, ENV_RIP), 0, 0, 0);
+    int error = setjmp(p->escape) ? 0 : lib.emu_start(p->uc, U64(p->env, ENV_RIP), 0, 0, 0);
     current = NULL;
     return error;
 }
@@ -1004,8 +1071,6 @@ int engine_same_address_space(const uint8_t *a, const uint8_t *b)
 uint64_t engine_rip(const uint8_t *env) { return CONST_U64(env, ENV_RIP); }
 
 /* ---- registers for Python: a flat array, order as in hypervisor/soft/registers.py ---- */
-
-#define FLAT_WORDS (16 + 2 + 8 * 3 + 2 * 2 + 6)
 
 void mv_env_get(uint8_t *env, uint64_t *flat)
 {

@@ -14,7 +14,6 @@
 #define HF_INHIBIT_IRQ 8u
 #define HF2_NMI 4u
 #define FLAT_TPR 50
-#define FLAT_WORDS 52
 
 void mv_env_get(uint8_t *env, uint64_t *flat);
 void mv_env_set(uint8_t *env, const uint64_t *flat);

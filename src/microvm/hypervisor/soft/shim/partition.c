@@ -187,6 +187,13 @@ static int seal(Partition *p)
     return 0;
 }
 
+static void free_bitmaps(Region *r)
+{
+    free(r->dirty);
+    free(r->code);
+    free(r->written);
+}
+
 /* Returns 0, -1 when full or overlapping, or the engine's error code. */
 int mv_map(Partition *p, uint64_t gpa, uint64_t hva, uint64_t size, uint32_t perms, int track)
 {
@@ -209,13 +216,16 @@ int mv_map(Partition *p, uint64_t gpa, uint64_t hva, uint64_t size, uint32_t per
         p->tracking = 1;
     }
     r->code = calloc(1, size / MV_PAGE / 8 + 8);
-    int error = r->code ? engine_map(p, r) : -1;
+    r->written = calloc(1, size / MV_PAGE / 8 + 8);
+    r->written_low = UINT64_MAX;
+    int error = r->code && r->written ? engine_map(p, r) : -1;
     if (error) {
-        free(r->dirty);
-        free(r->code);
+        free_bitmaps(r);
         return error;
     }
+    pthread_mutex_lock(&p->dma_lock);
     p->region_count++;
+    pthread_mutex_unlock(&p->dma_lock);
     return 0;
 }
 
@@ -228,9 +238,10 @@ int mv_unmap(Partition *p, uint64_t gpa, uint64_t size)
         unseal(p);
         tlb_forget_code(p, r, gpa, size);
         int error = engine_unmap(p, gpa, size, r);
-        free(r->dirty);
-        free(r->code);
+        pthread_mutex_lock(&p->dma_lock);
+        free_bitmaps(r);
         *r = p->regions[--p->region_count];
+        pthread_mutex_unlock(&p->dma_lock);
         engine_flush_tlb(p);
         return error;
     }
@@ -254,22 +265,14 @@ int mv_dirty(Partition *p, uint64_t gpa, uint64_t size, uint8_t *bitmap)
 void mv_dma(Partition *p, uint64_t gpa, uint64_t size)
 {
     pthread_mutex_lock(&p->dma_lock);
-    uint64_t end = (gpa + size + MV_PAGE - 1) & ~(MV_PAGE - 1);
-    gpa &= ~(MV_PAGE - 1);
-    int n = p->dma_count;
-    if (n && p->dma[n - 1].gpa <= gpa && gpa <= p->dma[n - 1].gpa + p->dma[n - 1].size) {
-        if (end > p->dma[n - 1].gpa + p->dma[n - 1].size)
-            p->dma[n - 1].size = end - p->dma[n - 1].gpa;
-    } else if (n == MV_DMA_QUEUE) { /* full: one range that covers the last and this one */
-        uint64_t low = p->dma[n - 1].gpa < gpa ? p->dma[n - 1].gpa : gpa;
-        uint64_t high = p->dma[n - 1].gpa + p->dma[n - 1].size > end ? p->dma[n - 1].gpa + p->dma[n - 1].size : end;
-        p->dma[n - 1].gpa = low;
-        p->dma[n - 1].size = high - low;
-    } else {
-        p->dma[n].gpa = gpa;
-        p->dma[n].size = end - gpa;
-        STORE(p->dma_count, n + 1);
+    for (int i = 0; i < p->region_count && size; i++) {
+        Region *r = &p->regions[i];
+        uint64_t from = gpa > r->gpa ? gpa : r->gpa;
+        uint64_t to = gpa + size < r->gpa + r->size ? gpa + size : r->gpa + r->size;
+        if (from < to)
+            tlb_note_written(r, (from - r->gpa) / MV_PAGE, (to - 1 - r->gpa) / MV_PAGE);
     }
+    STORE(p->dma_pending, 1);
     pthread_mutex_unlock(&p->dma_lock);
     /* Before the caller tells the guest: a guest that polls for completion meets the next block start first. */
     engine_request(p, REQUEST_KICK);
@@ -278,20 +281,12 @@ void mv_dma(Partition *p, uint64_t gpa, uint64_t size)
 
 static void drain_dma(Partition *p)
 {
-    if (!LOAD(p->dma_count))
+    if (!LOAD(p->dma_pending))
         return;
     pthread_mutex_lock(&p->dma_lock);
-    for (int i = 0; i < p->dma_count; i++) {
-        uint64_t gpa = p->dma[i].gpa, end = gpa + p->dma[i].size;
-        for (int k = 0; k < p->region_count; k++) {
-            Region *r = &p->regions[k];
-            uint64_t from = gpa > r->gpa ? gpa : r->gpa;
-            uint64_t to = end < r->gpa + r->size ? end : r->gpa + r->size;
-            if (from < to)
-                tlb_forget_code(p, r, from, to - from);
-        }
-    }
-    STORE(p->dma_count, 0);
+    STORE(p->dma_pending, 0);
+    for (int i = 0; i < p->region_count; i++)
+        tlb_forget_written(p, &p->regions[i]);
     pthread_mutex_unlock(&p->dma_lock);
 }
 
@@ -526,7 +521,9 @@ static void take_kicks(Partition *p)
     int any = 0;
     for (int i = 0; i < p->vcpu_count; i++) {
         Vcpu *v = &p->vcpus[i];
-        if (v->entered && !v->stop && LOAD(p->callback_failed))
+        if (v->entered && !v->stop && p->broken)
+            v->stop = STOP_ABORT;
+        else if (v->entered && !v->stop && LOAD(p->callback_failed))
             v->stop = STOP_CALLBACK;
         else if (v->entered && !v->stop && TAKE(v->kicked, 0))
             v->stop = STOP_KICKED;
@@ -566,17 +563,17 @@ static void execute(Partition *p)
     STORE(p->running, 0);
     if (v->stop == STOP_EXIT && engine_halted(p)) /* HLT right behind the end of an interrupt that is to be told */
         v->run_state = RUN_HALTED;
-    if (v->stop)
-        return;
-    if (error) {
+    if (!v->stop && error) {
         char text[120];
         snprintf(text, sizeof text, "the software CPU cannot go on at %#llx (engine error %d)",
                  (unsigned long long)engine_rip(p->env), error);
         partition_crash(p, STOP_ENGINE, text);
-    } else if (engine_halted(p)) {
+    } else if (!v->stop && engine_halted(p)) {
         p->counters.hlt++;
         v->run_state = RUN_HALTED;
     }
+    if (v->stop)
+        mv_env_get(p->env, v->registers);
 }
 
 /* Until `self` has something to return. With p->lock held. */
@@ -644,6 +641,9 @@ int mv_vcpu_run(Partition *p, int index)
 }
 
 const char *mv_vcpu_detail(Partition *p, int index) { return p->vcpus[index].detail; }
+
+/* The registers of a vCPU that has crashed, while others may run. */
+const uint64_t *mv_vcpu_crashed(Partition *p, int index) { return p->vcpus[index].registers; }
 
 void mv_vcpu_kick(Partition *p, int index)
 {
@@ -792,6 +792,11 @@ void partition_mmio_write(Partition *p, uint64_t gpa, uint32_t size, uint64_t va
 /* Not while a vCPU runs. Returns whether there was room. */
 int mv_doorbell(Partition *p, uint64_t gpa, uint32_t size, uint64_t value, int fd)
 {
+    for (int i = 0; i < p->doorbell_count; i++)
+        if (p->doorbells[i].gpa == gpa && p->doorbells[i].size == size && p->doorbells[i].value == value) {
+            p->doorbells[i].fd = fd;
+            return 1;
+        }
     if (p->doorbell_count == MV_MAX_DOORBELLS)
         return 0;
     p->doorbells[p->doorbell_count++] = (Doorbell){gpa, value, size, fd};
@@ -891,6 +896,18 @@ int partition_msr_write(Partition *p, uint32_t index, uint64_t value)
 
 int mv_load_library(const char *path, char *message, size_t size) { return engine_load(path, message, size); }
 
+static void ticker_stop(Partition *p)
+{
+    if (!p->ticker_alive)
+        return;
+    pthread_mutex_lock(&p->ticker_lock);
+    p->ticker_quit = 1;
+    pthread_cond_signal(&p->ticker_cond);
+    pthread_mutex_unlock(&p->ticker_lock);
+    pthread_join(p->ticker, NULL);
+    p->ticker_alive = 0;
+}
+
 static void make_locks(Partition *p)
 {
     pthread_condattr_t monotonic;
@@ -956,23 +973,27 @@ void mv_partition_free(Partition *p)
         }
     }
     pthread_mutex_unlock(&p->lock);
-    if (p->ticker_alive) {
-        pthread_mutex_lock(&p->ticker_lock);
-        p->ticker_quit = 1;
-        pthread_cond_signal(&p->ticker_cond);
-        pthread_mutex_unlock(&p->ticker_lock);
-        pthread_join(p->ticker, NULL);
-    }
+    ticker_stop(p);
     engine_close(p);
-    for (int i = 0; i < p->region_count; i++) {
-        free(p->regions[i].dirty);
-        free(p->regions[i].code);
-    }
+    for (int i = 0; i < p->region_count; i++)
+        free_bitmaps(&p->regions[i]);
     free(p);
 }
 
-/* After fork, in the child: none of our threads came along, whatever they were doing. The child may restore and run the
- * partition if it had not run, or close it. */
+/* The ticker would not come along; while no vCPU runs it has nothing to do. The next mv_vcpu_run() makes a new one. */
+void mv_before_fork(Partition *p)
+{
+    pthread_mutex_lock(&p->lock);
+    int running = 0;
+    for (int i = 0; i < p->vcpu_count; i++)
+        running |= LOAD(p->vcpus[i].entered);
+    pthread_mutex_unlock(&p->lock);
+    if (!running)
+        ticker_stop(p);
+}
+
+/* After fork, in the child: none of our threads came along, whatever they were doing. The child may run the partition if
+ * no vCPU ran, or close it. */
 void mv_after_fork(Partition *p)
 {
     p->ticker_alive = 0;

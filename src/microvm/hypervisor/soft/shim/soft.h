@@ -7,6 +7,7 @@
 #define MICROVM_SOFT_H
 
 #include <pthread.h>
+#include <setjmp.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -17,10 +18,11 @@
 #define MV_MAX_DOORBELLS 256
 #define MV_MAX_LATCHES 8
 #define MV_MAX_CPUID 128
-#define MV_DMA_QUEUE 256
 #define MV_PAGE 4096ull
 
 #define ENV_SIZE 5568 /* env up to end_reset_fields: all state of one processor */
+
+#define FLAT_WORDS (16 + 2 + 8 * 3 + 2 * 2 + 6) /* registers as mv_env_get and mv_env_set take them */
 
 /* Set in cpu->interrupt_request. HARD: a vector waits for IF. KICK: partition.c has something to look at. */
 #define REQUEST_HARD 0x2u
@@ -54,6 +56,8 @@ typedef struct Region {
     uint64_t gpa, size, hva, ram; /* ram: the engine's own address for the block (ram_addr_t) */
     uint32_t perms;
     uint8_t *dirty; /* one bit a page, or NULL when not tracked */
+    uint8_t *written; /* one bit a page: the host wrote it and translations may be stale; under dma_lock */
+    uint64_t written_low, written_high; /* pages between which bits of `written` are set */
     uint8_t *code;  /* one bit a page: it may hold translated code, so no TLB entry writes to it unseen */
     size_t hook;
 } Region;
@@ -97,6 +101,7 @@ typedef struct Vcpu {
     uint32_t exception_code;
     uint64_t exception_address;
     char detail[160];
+    uint64_t registers[FLAT_WORDS]; /* when it crashed: another vCPU may be running by the time somebody asks */
 } Vcpu;
 
 typedef struct Counters {
@@ -138,6 +143,8 @@ typedef struct Partition {
     int callback_failed; /* atomic: a Python callback raised; its exception waits on the Python side */
     int yield_wanted;
     int closing;
+    int broken;     /* the engine gave up in mid-work and must not run again */
+    jmp_buf escape; /* out of the running engine, for when it gives up */
     struct { /* an access whose handler raised: done, but its instruction has not retired */
         int kind, vcpu;
         uint32_t port, size;
@@ -156,10 +163,7 @@ typedef struct Partition {
     int64_t ticker_wake; /* host time it sleeps until, APIC_NEVER while it waits for work; atomic */
 
     pthread_mutex_t dma_lock;
-    int dma_count; /* atomic */
-    struct {
-        uint64_t gpa, size;
-    } dma[MV_DMA_QUEUE];
+    int dma_pending; /* atomic: some region has pages written by the host */
 } Partition;
 
 /* engine.c */
@@ -168,6 +172,7 @@ int engine_open(Partition *p, uint32_t code_buffer, char *message, size_t size);
 void engine_close(Partition *p);
 int engine_run(Partition *p); /* returns the library's error code */
 void engine_stop(Partition *p);
+void mv_env_get(uint8_t *env, uint64_t *flat);
 int engine_halted(const Partition *p);
 void engine_request(Partition *p, uint32_t bits);
 void engine_unrequest(Partition *p, uint32_t bits);
@@ -192,6 +197,8 @@ uint64_t engine_rip(const uint8_t *env);
 /* tlb.c */
 extern __thread Partition *current __attribute__((tls_model("initial-exec"))); /* the engine this thread runs */
 int tlb_load(void *handle, const char **missing);
+void tlb_note_written(Region *r, uint64_t first, uint64_t last);
+void tlb_forget_written(Partition *p, Region *r);
 void tlb_forget_code(Partition *p, Region *r, uint64_t gpa, uint64_t size);
 
 /* float.c */

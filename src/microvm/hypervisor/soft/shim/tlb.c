@@ -116,6 +116,30 @@ void tlb_forget_code(Partition *p, Region *r, uint64_t gpa, uint64_t size)
     }
 }
 
+/* The host wrote these pages, both ends included. Any thread, with dma_lock. */
+void tlb_note_written(Region *r, uint64_t first, uint64_t last)
+{
+    for (uint64_t page = first; page <= last; page++)
+        r->written[page >> 3] |= (uint8_t)(1u << (page & 7));
+    r->written_low = first < r->written_low ? first : r->written_low;
+    r->written_high = last > r->written_high ? last : r->written_high;
+}
+
+/* Throw away what was translated from pages that the host wrote. On the driver's thread, with dma_lock. */
+void tlb_forget_written(Partition *p, Region *r)
+{
+    if (r->written_low > r->written_high)
+        return;
+    for (uint64_t byte = r->written_low >> 3; byte <= r->written_high >> 3; byte++) {
+        uint32_t stale = r->written[byte] & r->code[byte];
+        r->written[byte] = 0;
+        for (; stale; stale &= stale - 1)
+            forget_page(p, r, byte * 8 + (uint64_t)__builtin_ctz(stale));
+    }
+    r->written_low = UINT64_MAX;
+    r->written_high = 0;
+}
+
 /* ---- code comes onto a page ---- */
 
 static void guard(Partition *p, uint64_t ram)
