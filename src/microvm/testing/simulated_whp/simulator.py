@@ -83,7 +83,7 @@ class SimulatedWhp:
     def installed(self) -> Iterator[SimulatedWhp]:
         """Until the end of the ``with`` block, the backend ``whp`` of this process is this simulator.
 
-        With it `Sandbox(..., backend="whp")` and the command line work on a machine without Windows.
+        With it `Sandbox(..., backend="whp", isolated=False)` works on a machine without Windows.
         """
         before = replace_default(self.api())
         select.probe.cache_clear()
