@@ -8,7 +8,7 @@ from ...errors import BackendUnavailable, HostError
 from ..base import Availability, PartitionConfig
 from ..trial import run_trial
 from . import codes
-from .api import Api
+from .api import Api, default_api
 from .failures import ENABLE_HINT
 from .features import capability
 from .partition import WhpPartition
@@ -26,7 +26,7 @@ class WhpHypervisor:
     def api(self) -> Api:
         """The functions. Raises BackendUnavailable where they cannot be loaded."""
         if self._api is None:
-            self._api = Api()
+            self._api = default_api()
         return self._api
 
     def create_partition(self, config: PartitionConfig) -> WhpPartition:
