@@ -21,6 +21,7 @@ COMMANDS: Final = {
     "run": "run a command in a fresh microVM",
     "boot": "boot any kernel with its console on this terminal",
     "doctor": "say what works on this machine and what to enable",
+    "selftest": "ask a backend what it does on this machine, for a report",
     "image": "build, list and remove root filesystems",
     "kernel": "fetch, build and list kernels",
 }
