@@ -38,6 +38,9 @@ def test_edited_file_is_refused_or_unchanged(edits: list[tuple[int, bytes]], cut
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "s"
         path.write_bytes(data)
-        with contextlib.suppress(SnapshotError), Snapshot.open(path, secret=SECRET) as snapshot:
-            with snapshot.map() as mapping:
-                assert bytes(mapping) == MEMORY
+        with (
+            contextlib.suppress(SnapshotError),
+            Snapshot.open(path, secret=SECRET) as snapshot,
+            snapshot.map() as mapping,
+        ):
+            assert bytes(mapping) == MEMORY

@@ -90,6 +90,11 @@ def attempt(arguments: list[str]) -> int | None:
     options, command = split(arguments)
     if options is None or not command:
         return None
+    for fd in range(3):  # before anything is opened, which would take the number of a closed one
+        try:
+            os.fstat(fd)
+        except OSError:
+            return None  # the ordinary way knows what to do
     path = _noted_socket(options)
     if path is None:
         return None
@@ -129,11 +134,6 @@ def _session(sock: _socket.socket, arguments: list[str]) -> int | None:
     data = json.dumps(hello).encode("utf-8", "surrogateescape")
     if len(data) > 60000:
         return None
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            return None  # a closed standard stream: the ordinary way knows what to do
     streams = b"".join(fd.to_bytes(4, sys.byteorder) for fd in range(3))
 
     def forward(number: int, _frame: object) -> None:

@@ -119,6 +119,19 @@ def _leave_resident(sandbox: Sandbox) -> None:
     remember(sandbox, sys.argv[1:])
 
 
+def follow(sandbox: Sandbox, command: list[str], *, leave_running: bool = False) -> int:
+    """Run a command in a booted sandbox with our standard streams and signals; its exit code as ``run``'s."""
+    from ..errors import ExecError
+    from .dispatch import complain
+
+    args = argparse.Namespace(command=command, interactive=False, tty=False, leave_running=leave_running)
+    try:
+        return _Session(sandbox, args, None).run()
+    except ExecError as error:
+        complain(str(error))
+        return error.exit_code if error.code else EXIT_FAILED
+
+
 class _Session:
     """One command and the streams of this process."""
 
@@ -146,6 +159,7 @@ class _Session:
                     stdin=PIPE if wants_input else DEVNULL,
                     pty=(rows, columns) if args.tty else None,
                     timeout=self.timeout,
+                    leave_running=getattr(args, "leave_running", False),
                 )
             )
             self.process = process

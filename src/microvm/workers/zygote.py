@@ -1,10 +1,11 @@
 """The zygote: restore a template once, warm its guest up, and fork a worker whenever one is asked for.
 
-    python -m microvm.workers.zygote CONFIG_FD SOCKET_FD MODE
+    python -m microvm.workers.zygote CONFIG_FD SOCKET_FD MODE BOOT_TIMEOUT
 
 ``CONFIG_FD`` holds the machine's configuration. In mode "child" ``SOCKET_FD`` is one end of a pair: each message brings
 a control socket for a new worker, and when the other end closes the zygote and its workers end. In mode "cold" it is
-the control socket of a worker that boots its machine itself. Any other mode is the path of a listening socket, renamed
+the control socket of a worker that boots its machine itself, in mode "restore:PATH" (or "frozen:") of one that restores
+it from a snapshot. Any other mode is the path of a listening socket, renamed
 from ``.new`` to ``.sock`` when the zygote is prepared: each connection is a control socket, and after a time without
 any the zygote leaves.
 """
@@ -51,8 +52,14 @@ Program = Callable[[socket.socket, MicroVM, Ready], None]
 class Zygote:
     """A parked machine to fork from, or only modules and engine (``vm`` None) for machines that cannot be forked."""
 
-    def __init__(self, config: MachineConfig, program: Program | None = None) -> None:
+    def __init__(
+        self,
+        config: MachineConfig,
+        program: Program | None = None,
+        boot_timeout_s: float = template.BOOT_TIMEOUT_S,
+    ) -> None:
         self.config = config
+        self.boot_timeout_s = boot_timeout_s
         self.program = program
         self.name = template.key(config)
         self.vm: MicroVM | None = None
@@ -60,12 +67,12 @@ class Zygote:
 
     def prepare(self) -> None:
         """Make or find the template, restore it, run a few commands, and park. Raises what booting raises."""
-        path = template.obtain(self.config, self.name)
+        path = template.obtain(self.config, self.name, self.boot_timeout_s)
         try:
             vm, ready = template.restore(path)
         except SnapshotError:
             template.remove(path)  # of another build: make it anew, once
-            vm, ready = template.restore(template.obtain(self.config, self.name))
+            vm, ready = template.restore(template.obtain(self.config, self.name, self.boot_timeout_s))
         self.ready = ready
         if not vm.can_fork:
             vm.close()
@@ -172,6 +179,7 @@ def _peer_uid(sock: socket.socket) -> int:
 def main(arguments: list[str], program: Program | None = None) -> int:
     """The process. Returns its exit code."""
     config_fd, socket_fd, mode = int(arguments[0]), int(arguments[1]), arguments[2]
+    boot_timeout_s = float(arguments[3])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever owns us; the end of its socket is for us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with socket.socket(fileno=socket_fd) as sock:
@@ -182,9 +190,13 @@ def main(arguments: list[str], program: Program | None = None) -> int:
             config = template.unpack_config(file.read())
         if mode == "cold":
             die_with_parent()
-            return _cold(config, sock)
+            return _cold(config, sock, boot_timeout_s)
+        kind, colon, path = mode.partition(":")
+        if colon:
+            die_with_parent()
+            return _restored(Path(path), sock, kind == "frozen")
         try:
-            zygote = Zygote(config, program)
+            zygote = Zygote(config, program, boot_timeout_s)
             zygote.prepare()
         except Exception as error:  # noqa: BLE001 - told to whoever asks, where it is raised
             if mode == "child":
@@ -199,17 +211,27 @@ def main(arguments: list[str], program: Program | None = None) -> int:
                 wire.send(sock, {"prepared": True})
             serve_child(zygote, sock)
         else:
-            path = Path(mode)
-            path.rename(path.with_suffix(".sock"))
+            bound = Path(mode)
+            bound.rename(bound.with_suffix(".sock"))
             serve_resident(zygote, sock, float(os.environ.get("MICROVM_IDLE_S") or IDLE_S))
-            path.with_suffix(".sock").unlink(missing_ok=True)
+            bound.with_suffix(".sock").unlink(missing_ok=True)
     os._exit(0)
 
 
-def _cold(config: MachineConfig, control: socket.socket) -> int:
+def _restored(path: Path, control: socket.socket, frozen_clock: bool) -> int:
+    try:
+        vm, ready = template.restore(path)
+    except Exception as error:  # noqa: BLE001 - told to the owner, where it is raised
+        with contextlib.suppress(OSError):
+            wire.send(control, {"failed": wire.pack_error(error)})
+        os._exit(1)
+    Worker(control, vm, ready).run(forked=False, frozen_clock=frozen_clock)
+
+
+def _cold(config: MachineConfig, control: socket.socket, boot_timeout_s: float) -> int:
     try:
         vm = MicroVM(config)
-        client, ready = template.boot(vm)
+        client, ready = template.boot(vm, boot_timeout_s)
     except Exception as error:  # noqa: BLE001 - told to the owner, where it is raised
         with contextlib.suppress(OSError):
             wire.send(control, {"failed": wire.pack_error(error)})
