@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import sys
 import os
 import sys
 from pathlib import Path
