@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "boot": "boot any kernel with its console on this terminal",
     "checkpoint": "save moments of a sandbox and go on from them",
     "doctor": "say what works on this machine and what to enable",
+    "selftest": "ask a backend what it does on this machine, for a report",
     "image": "build, list and remove root filesystems",
     "kernel": "fetch, build and list kernels",
 }
