@@ -32,12 +32,15 @@ if TYPE_CHECKING:
         HostError,
         InternalError,
         MicroVMError,
+        SnapshotError,
         StateError,
+        WorkerError,
     )
     from .machine.config import DiskConfig, MachineConfig
     from .machine.console import Console
     from .machine.machine import MicroVM
     from .machine.outcome import Outcome
+    from .pool import Pool
 
 __all__ = [
     "DEVNULL",
@@ -63,10 +66,13 @@ __all__ = [
     "MicroVM",
     "MicroVMError",
     "Outcome",
+    "Pool",
     "Process",
     "Result",
     "Sandbox",
+    "SnapshotError",
     "StateError",
+    "WorkerError",
     "__version__",
     "aio",
 ]
@@ -79,6 +85,7 @@ _HOME = {
     "Console": "machine.console",
     "MicroVM": "machine.machine",
     "Outcome": "machine.outcome",
+    "Pool": "pool",
     **dict.fromkeys(
         (name for name in __all__ if name.endswith(("Error", "Timeout", "Unavailable", "Failed", "NotFound"))), "errors"
     ),

@@ -14,10 +14,10 @@ import asyncio
 import os
 import socket
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Self, TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from . import api
+from . import api, pool
 from .agent.aclient import AsyncAgentClient
 from .agent.aclient import AsyncFiles as Files
 from .agent.aclient import AsyncProcess as Process
@@ -31,12 +31,25 @@ from .machine.config import DiskConfig, MachineConfig
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from .checkpoints import Checkpoint
     from .hypervisor.base import Hypervisor
     from .machine.console import Console
     from .machine.outcome import Outcome
     from .machine.vsock_host import VsockHost
 
-__all__ = ["DEVNULL", "PIPE", "STDOUT", "FileInfo", "Files", "GuestInfo", "MicroVM", "Process", "Result", "Sandbox"]
+__all__ = [
+    "DEVNULL",
+    "PIPE",
+    "STDOUT",
+    "FileInfo",
+    "Files",
+    "GuestInfo",
+    "MicroVM",
+    "Pool",
+    "Process",
+    "Result",
+    "Sandbox",
+]
 
 T = TypeVar("T")
 
@@ -104,6 +117,19 @@ class MicroVM:
     async def wait(self, timeout_s: float | None = None) -> Outcome | None:
         return await on_thread(lambda: self._vm.wait(timeout_s))
 
+    @classmethod
+    async def restore(
+        cls, path: str | os.PathLike[str], *, hypervisor: Hypervisor | None = None, verify: bool = False
+    ) -> MicroVM:
+        return cls._of(
+            await on_thread(lambda: machine_module.MicroVM.restore(path, hypervisor=hypervisor, verify=verify))
+        )
+
+    async def snapshot(
+        self, path: str | os.PathLike[str], *, difference: bool = False, note: dict[str, Any] | None = None
+    ) -> str:
+        return await on_thread(lambda: self._vm.snapshot(path, difference=difference, note=note))
+
     def end(self, detail: str = "") -> None:
         self._vm.end(detail)
 
@@ -138,6 +164,9 @@ class Sandbox:
         disks: Sequence[DiskConfig | str | os.PathLike[str]] = (),
         cmdline: str = "",
         boot_timeout: float = api.BOOT_TIMEOUT_S,
+        cold: bool = False,
+        isolated: bool = True,
+        frozen_clock: bool = False,
     ) -> None:
         self._inner = api.Sandbox(
             image,
@@ -152,8 +181,18 @@ class Sandbox:
             disks=disks,
             cmdline=cmdline,
             boot_timeout=boot_timeout,
+            cold=cold,
+            isolated=isolated,
+            frozen_clock=frozen_clock,
         )
         self._client: AsyncAgentClient | None = None
+
+    @classmethod
+    def _of(cls, inner: api.Sandbox) -> Sandbox:
+        mirror = cls.__new__(cls)
+        mirror._inner = inner
+        mirror._client = AsyncAgentClient(mirror._connect)
+        return mirror
 
     async def __aenter__(self) -> Self:
         if self._client is None:
@@ -200,6 +239,40 @@ class Sandbox:
     @property
     def files(self) -> Files:
         return self._agent().files
+
+    @property
+    def config(self) -> MachineConfig:
+        return self._inner.config
+
+    async def fork(self, count: int = 1) -> list[Sandbox | Exception]:
+        children = await on_thread(lambda: self._inner.fork(count))
+        return [child if isinstance(child, Exception) else Sandbox._of(child) for child in children]
+
+    @classmethod
+    def from_snapshot(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        isolated: bool = True,
+        frozen_clock: bool = False,
+        timeout: float | None = None,
+    ) -> Sandbox:
+        mirror = cls.__new__(cls)
+        mirror._inner = api.Sandbox.from_snapshot(path, isolated=isolated, frozen_clock=frozen_clock, timeout=timeout)
+        mirror._client = None
+        return mirror
+
+    async def snapshot(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        difference_in: str | os.PathLike[str] | None = None,
+        after: str | None = None,
+    ) -> None:
+        await on_thread(lambda: self._inner.snapshot(path, difference_in=difference_in, after=after))
+
+    async def checkpoint(self, name: str) -> Checkpoint:
+        return await on_thread(lambda: self._inner.checkpoint(name))
 
     def on_console(self, listener: Callable[[bytes], None]) -> None:
         self._inner.on_console(listener)
@@ -258,12 +331,19 @@ class Sandbox:
         cwd: GuestPath | None = None,
         user: str | None = None,
         timeout: float | None = None,
+        leave_running: bool = False,
     ) -> Process:
         client = self._agent()
         options = self._inner._defaults(env, cwd, user, timeout)
         try:
             return await client.start(
-                api._words(command), stdin=stdin, stdout=stdout, stderr=stderr, pty=pty, **options
+                api._words(command),
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                pty=pty,
+                leave_running=leave_running,
+                **options,
             )
         except ExecError as error:
             raise await self._explain(error) from error.__cause__
@@ -299,6 +379,79 @@ class Sandbox:
 
     async def _explain(self, error: ExecError) -> ExecError:
         return await on_thread(lambda: self._inner._explain(error))
+
+
+class Pool:
+    """`microvm.Pool` for asyncio."""
+
+    def __init__(self, size: int = 4, image: str | os.PathLike[str] = "python", **options: Any) -> None:
+        self._inner = pool.Pool(size, image, **options)
+
+    async def __aenter__(self) -> Self:
+        self._inner.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    @property
+    def ready(self) -> int:
+        return self._inner.ready
+
+    def start(self) -> None:
+        self._inner.start()
+
+    async def take(self, timeout: float | None = None) -> Sandbox:
+        inner = self._inner.take(0) if self._inner.ready else None
+        return Sandbox._of(inner if inner is not None else await on_thread(lambda: self._inner.take(timeout)))
+
+    async def map(
+        self,
+        work: Callable[[Sandbox, Any], Awaitable[Any]] | str | Sequence[str],
+        items: Iterable[Any],
+        *,
+        timeout: float | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        return_exceptions: bool = False,
+    ) -> list[Any]:
+        todo = list(items)
+        results: list[Any] = [None] * len(todo)
+        places = asyncio.Semaphore(self._inner.size)
+        done = 0
+
+        async def one(index: int) -> None:
+            nonlocal done
+            async with places:
+                try:
+                    results[index] = await self._one(work, todo[index], timeout)
+                except Exception as error:
+                    if not return_exceptions:
+                        raise
+                    results[index] = error
+            done += 1
+            if progress is not None:
+                progress(done, len(todo))
+
+        tasks = [asyncio.ensure_future(one(index)) for index in range(len(todo))]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return results
+
+    async def _one(self, work: Any, item: Any, timeout: float | None) -> Any:
+        async with await self.take() as sandbox:
+            if not callable(work):
+                return await sandbox.run(pool.command_for(work, item), timeout=timeout)
+            try:
+                return await asyncio.wait_for(work(sandbox, item), timeout)
+            except TimeoutError:
+                raise ExecTimeout(f"the work on {item!r} took longer than {timeout:g} s") from None
+
+    async def close(self) -> None:
+        await on_thread(self._inner.close)
 
 
 async def on_thread(function: Callable[[], T]) -> T:

@@ -33,6 +33,7 @@ from .machine.outcome import End
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from .checkpoints import Checkpoint
     from .machine.machine import MicroVM
     from .machine.outcome import Outcome
 
@@ -44,7 +45,6 @@ BOOT_TIMEOUT_S: Final = 60.0
 CONNECT_TIMEOUT_S: Final = 30.0
 SHUTDOWN_TIMEOUT_S: Final = 15.0
 MAX_FORKS: Final = 64  # at one time
-TAIL_LINES: Final = 6
 TAIL_BYTES: Final = 4096
 
 Command = str | Sequence[Text]
@@ -119,9 +119,17 @@ class Sandbox:
         cold: bool = False,
         isolated: bool = True,
         frozen_clock: bool = False,
+        _given: tuple[MicroVM, Ready] | None = None,
+        _config: MachineConfig | None = None,
     ) -> None:
         extra = [disk if isinstance(disk, DiskConfig) else DiskConfig(Path(disk)) for disk in disks]
-        self._config = _configure(image, kernel, memory_mib, cpus, backend, extra, cmdline)
+        # A machine that is given stands parked in this process, which was forked for it.
+        self._given = _given
+        if _given is not None:
+            _config = _given[0].config
+        self._config = _config or _configure(image, kernel, memory_mib, cpus, backend, extra, cmdline)
+        self._snapshot: Path | None = None
+        self.last_checkpoint: str | None = None
         self._writable = any(not disk.read_only for disk in extra)
         self._env = dict(env or {})
         self._workdir = workdir
@@ -270,15 +278,25 @@ class Sandbox:
         cwd: GuestPath | None = None,
         user: str | None = None,
         timeout: float | None = None,
+        leave_running: bool = False,
     ) -> Process:
         """Start a command and return it running, in the manner of ``subprocess.Popen``.
 
-        ``pty``: rows and columns of a terminal for it; the rest as for `run`. Raises ExecError if it cannot start.
+        ``pty``: rows and columns of a terminal for it; ``leave_running`` keeps alive what it leaves behind; the rest as
+        for `run`. Raises ExecError if it cannot start.
         """
         client = self._agent()
         options = self._defaults(env, cwd, user, timeout)
         try:
-            return client.start(_words(command), stdin=stdin, stdout=stdout, stderr=stderr, pty=pty, **options)
+            return client.start(
+                _words(command),
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                pty=pty,
+                leave_running=leave_running,
+                **options,
+            )
         except ExecError as error:
             raise self._explain(error) from error.__cause__
 
@@ -338,13 +356,28 @@ class Sandbox:
         return self._client
 
     def _make_machine(self) -> SandboxMachine:
+        if self._given is not None:
+            return _LocalMachine(self._config, (), given=self._given)
         from .workers import client, template
 
+        if self._snapshot is not None:
+            if self._isolated and client.supported():
+                return client.restored_worker(self._config, self._snapshot, self._frozen_clock)
+            return _LocalMachine(
+                self._config, restored=template.restore(self._snapshot), frozen_clock=self._frozen_clock
+            )
         self._config.check_files()  # a wrong file name is answered before backends are probed
         config = template.decide(self._config)
         if self._listeners or not self._isolated or not client.supported():
             return _LocalMachine(config, self._listeners, self._cold, self._frozen_clock)
-        return client.cold_worker(config) if self._cold else client.worker(config, self._frozen_clock)
+        if self._cold:
+            return client.cold_worker(config, self._boot_timeout)
+        return client.worker(config, self._frozen_clock, self._boot_timeout)
+
+    @property
+    def config(self) -> MachineConfig:
+        """What its machine is made of."""
+        return self._config
 
     def fork(self, count: int = 1) -> list[Sandbox | Exception]:
         """Copies of this sandbox as it is now: files, memory, running processes; each with an identity of its own.
@@ -376,16 +409,63 @@ class Sandbox:
             return error
         return child
 
-    def snapshot(self, path: str | os.PathLike[str]) -> None:
-        """Save the running sandbox into the file ``path``; see `MicroVM.snapshot`. It goes on afterwards."""
+    @classmethod
+    def from_snapshot(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        isolated: bool = True,
+        frozen_clock: bool = False,
+        timeout: float | None = None,
+    ) -> Self:
+        """A sandbox that goes on from what `snapshot` saved, as a machine of its own. Not booted yet.
+
+        Raises SnapshotError.
+        """
+        from .workers import template
+
+        config, _, identity = template.describe(Path(path))
+        sandbox = cls(isolated=isolated, frozen_clock=frozen_clock, timeout=timeout, _config=config)
+        sandbox._snapshot = Path(path)
+        sandbox.last_checkpoint = identity
+        return sandbox
+
+    def snapshot(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        difference_in: str | os.PathLike[str] | None = None,
+        after: str | None = None,
+    ) -> None:
+        """Save the running sandbox into the file ``path``; see `MicroVM.snapshot`. It goes on afterwards.
+
+        ``difference_in``: save a difference if the snapshot it was restored from lies in this directory. ``after`` is
+        noted in it: the id of the checkpoint that this one follows.
+        """
         from .workers.client import WorkerMachine
 
         self._agent()
-        note = {"ready": list(astuple(self.ready))} if self.ready is not None else {}
+        note = {"ready": list(astuple(self.ready)) if self.ready is not None else None, "after": after}
+        source = self._snapshot
+        difference = (
+            source is not None
+            and difference_in is not None
+            and source.parent.absolute() == Path(difference_in).absolute()
+            and source.exists()
+        )
         if isinstance(self._machine, WorkerMachine):
-            self._machine.perform("snapshot", path=os.path.abspath(path), note=note)
+            self._machine.perform("snapshot", path=os.path.abspath(path), note=note, difference=difference)
         else:
-            self.vm.snapshot(path, note=note)
+            self.vm.snapshot(path, note=note, difference=difference)
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """Save this moment under a name, with memory and processes, and go on. See `microvm.checkpoints`.
+
+        Raises ConfigError if the name is taken or cannot be one.
+        """
+        from .checkpoints import create
+
+        return create(self, name)
 
     def _wait_ready(self, machine: SandboxMachine) -> Ready:
         deadline = time.monotonic() + self._boot_timeout
@@ -431,12 +511,15 @@ class _LocalMachine:
         listeners: Sequence[Callable[[bytes], None]] = (),
         cold: bool = False,
         frozen_clock: bool = False,
+        given: tuple[MicroVM, Ready] | None = None,
+        restored: tuple[MicroVM, Ready] | None = None,
     ) -> None:
         from .machine.machine import MicroVM
 
+        self._parked = given is not None
         self._ready: Ready | None = None
         self._frozen_clock = frozen_clock
-        warm = None if cold or listeners else _template(config)
+        warm = given or restored or (None if cold or listeners else _template(config))
         if warm is None:
             self.vm = MicroVM(config)
         else:
@@ -453,7 +536,11 @@ class _LocalMachine:
             with self.vm.vsock.listen(PORT) as listener:
                 self.vm.start()
                 return listener.accept(timeout_s), None
-        self.vm.start()
+        if self._parked:
+            self.vm.forked()
+            self.vm.unpark()
+        else:
+            self.vm.start()
         sock = self.vm.vsock.connect(PORT, timeout_s)
         client = AgentClient(lambda: sock, timeout_s)
         client.renew(frozen_clock=self._frozen_clock)
@@ -520,13 +607,12 @@ def agent_program() -> Path:
     return path
 
 
+def _tail(console: bytes) -> str:
+    """The end of the console's output as the end of a message."""
+    from .workers.template import tail
+
+    return tail(console)
+
+
 def _words(command: Command) -> Sequence[Text]:
     return ["/bin/sh", "-c", command] if isinstance(command, str) else command
-
-
-def _tail(console: bytes) -> str:
-    """The last lines of the console, for a message: one line, printable."""
-    lines = [line.strip() for line in console.decode("utf-8", "replace").splitlines()]
-    shown = " | ".join(line for line in lines[-TAIL_LINES:] if line)
-    shown = "".join(char if char.isprintable() else "?" for char in shown)
-    return f"; its console said: {shown}" if shown else ""

@@ -100,8 +100,11 @@ def nothing_left() -> Iterator[None]:
                 pass
         return found
 
+    from microvm.workers.client import close_zygotes
+
     before, threads = descriptors(), set(threading.enumerate())
     yield
+    close_zygotes()  # they stay for the next sandbox of their kind, as long as the process lives
     left = [thread.name for thread in threading.enumerate() if thread not in threads]
     assert not left, f"threads left behind: {left}"
     opened = {fd: name for fd, name in descriptors().items() if fd not in before}

@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.boots, pytest.mark.timeout(300)]
 @pytest.fixture
 def make(any_kernel: Any, image: Any) -> Callable[..., Sandbox]:
     def build(**settings: Any) -> Sandbox:
+        settings.setdefault("isolated", False)
         return Sandbox(image.path, kernel=any_kernel.name, backend=BACKEND, **settings)
 
     return build

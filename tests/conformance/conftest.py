@@ -2,15 +2,17 @@
 
 A backend that is missing skips with its reason, and so does what a host withholds from a backend (a KVM that only
 interprets supervisor code knows few instructions); both are found by trying. ``MICROVM_REQUIRE=kvm,soft`` turns these
-skips into failures for the backends it names.
+skips into failures for the backends it names. Away from Windows, WHP runs over `testing.SimulatedWhp`: the backend's
+own code, with its C interface served by the software CPU.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -39,15 +41,33 @@ def gap(backend: Hypervisor, reason: str) -> NoReturn:
 
 
 @functools.cache
+def load(name: str) -> Hypervisor:
+    """The backend; WHP over the simulator where there is no Windows."""
+    if name == "whp" and sys.platform != "win32":
+        pytest.importorskip("iced_x86")
+        from microvm.hypervisor.whp import WhpHypervisor
+
+        return WhpHypervisor(simulated().api())
+    return select.load(name)
+
+
+@functools.cache
+def simulated() -> Any:
+    from microvm.testing.simulated_whp import SimulatedWhp
+
+    return SimulatedWhp(os.environ.get("MICROVM_WHP_PROFILE", "win11"))
+
+
+@functools.cache
 def probe(name: str) -> Availability:
-    return select.load(name).probe()
+    return load(name).probe()
 
 
 @functools.cache
 def _open(name: str) -> Hypervisor | str:
     """The backend, or why it cannot make a partition."""
     try:
-        backend = select.load(name)
+        backend = load(name)
         backend.create_partition(PartitionConfig()).close()
     except BackendUnavailable as error:
         return str(error)
@@ -63,6 +83,15 @@ def backend(request: pytest.FixtureRequest) -> Hypervisor:
             pytest.fail(f"{name} is required: {found}")
         pytest.skip(f"{name}: {found}")
     return found
+
+
+@pytest.fixture(autouse=True)
+def no_error_inside_the_simulator() -> Iterator[None]:
+    """What goes wrong behind its C interface can only be an HRESULT there; here it fails the test."""
+    yield
+    if simulated.cache_info().currsize and (error := simulated().error):
+        simulated().error = None
+        raise error
 
 
 @pytest.fixture

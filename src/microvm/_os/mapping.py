@@ -16,7 +16,7 @@ from typing import Final
 
 PAGE_SIZE: Final = 4096
 
-# Bits 56 to 63 of a pagemap entry: present, swapped out, page of a file. [Linux Documentation/admin-guide/mm/pagemap.rst]
+# Bits 56 to 63 of a pagemap entry: present, swapped out, page of a file. [Linux Documentation/admin-guide/mm/pagemap]
 _PRESENT: Final = 0x80
 _SWAPPED: Final = 0x40
 _FILE: Final = 0x20

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 COMMANDS: Final = {
     "run": "run a command in a fresh microVM",
     "boot": "boot any kernel with its console on this terminal",
+    "checkpoint": "save moments of a sandbox and go on from them",
     "doctor": "say what works on this machine and what to enable",
     "image": "build, list and remove root filesystems",
     "kernel": "fetch, build and list kernels",
@@ -40,6 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments in (["--version"], ["-V"]):
         return _print_version()
+    if arguments[:1] == ["run"] and argv is None:
+        from .fast import attempt
+
+        code = attempt(arguments)
+        if code is not None:
+            return code
     try:
         return _dispatch(arguments)
     except KeyboardInterrupt:
@@ -132,6 +139,11 @@ def _usage(sentence: str) -> Exception:
     from ..errors import ConfigError
 
     return ConfigError("command line", "", sentence)
+
+
+def preload(name: str) -> None:
+    """Import what the subcommand ``name`` is parsed with, in a process that is going to be copied."""
+    _parser(name)
 
 
 def _parser(used: str | None) -> tuple[argparse.ArgumentParser, Any]:

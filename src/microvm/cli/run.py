@@ -16,7 +16,9 @@ from . import options, terminal
 
 if TYPE_CHECKING:
     from ..agent.process import Process
+    from ..agent.protocol import Ready
     from ..api import Sandbox
+    from ..machine.machine import MicroVM
 
 EXIT_TIMEOUT: Final = 124  # as timeout(1)
 EXIT_FAILED: Final = 125  # the sandbox failed, not the command; as env(1), timeout(1) and chroot(1)
@@ -30,6 +32,9 @@ IMPATIENCE_S: Final = 2.0  # ... in this time end the machine, whatever the comm
 PIPE_GRACE_S: Final = 1.0  # for a command that was told that nobody reads its output
 DRAIN_S: Final = 5.0  # for output still on its way when the command has ended
 CHUNK: Final = 64 << 10
+
+given: tuple[MicroVM, Ready] | None = None
+"""In a worker of the resident zygote: the machine to use, parked."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -52,6 +57,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--workdir", metavar="DIR", help="the working directory in the guest")
     parser.add_argument("--user", metavar="USER[:GROUP]", help="whom to run it as (default root)")
     parser.add_argument("--timeout", metavar="S", help="end the command after so many seconds, exit code 124")
+    parser.add_argument("--cold", action="store_true", help="boot the machine instead of restoring it")
+    parser.add_argument("--frozen-clock", action="store_true", help="keep the clock where the restored machine's stood")
     parser.add_argument("-i", "--interactive", action="store_true", help="pass standard input on even from a terminal")
     parser.add_argument("-t", "--tty", action="store_true", help="give the command a terminal")
     parser.add_argument(
@@ -62,7 +69,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..api import Sandbox
-    from ..errors import ConfigError, ExecError, ExecTimeout
+    from ..errors import ConfigError, ExecError, ExecTimeout, MicroVMError
     from .dispatch import complain
 
     if not args.command:
@@ -78,6 +85,10 @@ def run(args: argparse.Namespace) -> int:
         env=options.environment(args.env),
         workdir=args.workdir,
         user=args.user,
+        cold=args.cold,
+        frozen_clock=args.frozen_clock,
+        isolated=False,  # this process is nobody else's
+        _given=given,
     )
     if args.verbose:
         sandbox.on_console(lambda data: terminal.write_all(terminal.STDERR, data))
@@ -93,6 +104,32 @@ def run(args: argparse.Namespace) -> int:
         complain(str(error))
         code = getattr(error, "code", 0)
         return EXIT_NOT_FOUND if code == ENOENT else EXIT_NOT_EXECUTABLE if code else EXIT_FAILED
+    finally:
+        if given is None and not (args.cold or args.frozen_clock or args.verbose):
+            with contextlib.suppress(MicroVMError, OSError):
+                _leave_resident(sandbox)
+
+
+def _leave_resident(sandbox: Sandbox) -> None:
+    """For the next time: start the resident zygote that was missed, and note where to find it."""
+    from ..workers import client, template
+    from .resident import remember
+
+    client.start_resident(template.decide(sandbox.config), "microvm.cli.resident")
+    remember(sandbox, sys.argv[1:])
+
+
+def follow(sandbox: Sandbox, command: list[str], *, leave_running: bool = False) -> int:
+    """Run a command in a booted sandbox with our standard streams and signals; its exit code as ``run``'s."""
+    from ..errors import ExecError
+    from .dispatch import complain
+
+    args = argparse.Namespace(command=command, interactive=False, tty=False, leave_running=leave_running)
+    try:
+        return _Session(sandbox, args, None).run()
+    except ExecError as error:
+        complain(str(error))
+        return error.exit_code if error.code else EXIT_FAILED
 
 
 class _Session:
@@ -122,6 +159,7 @@ class _Session:
                     stdin=PIPE if wants_input else DEVNULL,
                     pty=(rows, columns) if args.tty else None,
                     timeout=self.timeout,
+                    leave_running=getattr(args, "leave_running", False),
                 )
             )
             self.process = process

@@ -245,8 +245,8 @@ class Partition(Protocol):
     def doorbell(self, gpa: int, size: int, value: int, event: Event) -> bool:
         """Turn guest writes of ``value`` (``size`` bytes at ``gpa``) into ``event.set()`` without entering Python.
 
-        Asked again for the same write, the new event replaces the old one. Returns False where the backend cannot; the write then reaches the bus as ever, so the MMIO path must do the
-        same work.
+        Asked again for the same write, the new event replaces the old one. Returns False where the backend cannot; the
+        write then reaches the bus as ever, so the MMIO path must do the same work.
         """
 
     def latch_pio(self, port: int, value: int | None) -> bool:

@@ -22,6 +22,7 @@ AUTO: Final = "auto"
 # name: module, class, what to install when the module's own imports fail
 _BACKENDS: Final = {
     "kvm": ("microvm.hypervisor.kvm", "KvmHypervisor", ""),
+    "whp": ("microvm.hypervisor.whp", "WhpHypervisor", "pip install 'microvm[whp]'"),
     "soft": ("microvm.hypervisor.soft", "SoftHypervisor", "pip install 'microvm[soft]'"),
 }
 

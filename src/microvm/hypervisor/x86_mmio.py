@@ -94,7 +94,14 @@ for _name, _register in _registers.items():
         _GPR[_register] = (RegisterExt.number(_full), 8 if _high else 0, RegisterExt.size(_register))
     elif RegisterExt.is_xmm(_register):
         _XMM[_register] = RegisterExt.number(_register)
-_SEGMENTS: Final[dict[int, int]] = {Register.ES: 0, Register.CS: 1, Register.SS: 2, Register.DS: 3, Register.FS: 4, Register.GS: 5}
+_SEGMENTS: Final[dict[int, int]] = {
+    Register.ES: 0,
+    Register.CS: 1,
+    Register.SS: 2,
+    Register.DS: 3,
+    Register.FS: 4,
+    Register.GS: 5,
+}
 _IP: Final = (Register.RIP, Register.EIP)
 
 _decoded: dict[tuple[bytes, int], Instruction] = {}

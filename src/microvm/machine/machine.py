@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from ..hypervisor.base import Hypervisor
-    from .snapshots import Origin, Restored
     from ..virtio import VirtioDevice
+    from .snapshots import Origin, Restored
     from .vsock_host import VsockHost
 
 SWITCH_INTERVAL_S: Final = 50e-6  # a vCPU thread in Python holds up I/O threads by at most this (default: 5 ms)

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from .._os.mapping import PAGE_SIZE
 from .._version import __version__
 from ..devices.ioapic import IoApicState
 from ..devices.rtc import RtcState
 from ..devices.serial import SerialState
 from ..errors import ConfigError, HostError, SnapshotError, StateError
-from .._os.mapping import PAGE_SIZE
 from ..snapshot import codec, format, ranges
 from ..virtio.mmio import MmioState
 from .config import DiskConfig, MachineConfig

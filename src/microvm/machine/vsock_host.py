@@ -182,7 +182,7 @@ class VsockHost:
             self._end()  # the reactor has stopped, or never started: nobody else touches the sockets
 
     def forked(self) -> None:
-        """In a forked child, whose I/O thread is suspended: the streams are the parent's, the guest's ends are reset."""
+        """In a forked child with its I/O thread suspended: streams are the parent's, the guest's ends are reset."""
         self._lock = threading.Lock()
         self._listeners.clear()
         self._door = None

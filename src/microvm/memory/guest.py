@@ -104,7 +104,8 @@ class GuestMemory:
     def from_mapping(cls, mapping: mmap.mmap, *, of_file: bool = False) -> GuestMemory:
         """Lay one host mapping out as RAM: from 0 to 3 GiB, the rest from 4 GiB up. The mapping becomes ours.
 
-        ``of_file`` says that it is a private mapping of a file, whose pages come back when they are thrown away. The gap below 4 GiB holds the APICs and the virtio devices (`boot/layout.py`).
+        ``of_file`` says that it is a private mapping of a file, whose pages come back when they are thrown away. The
+        gap below 4 GiB holds the APICs and the virtio devices (`boot/layout.py`).
         """
         size = len(mapping)
         hva = _address_of(mapping)

@@ -9,8 +9,8 @@ file name; the table tells a page that became zero from one that is the parent's
 
 The authentication code covers header, description and table. They hold the digest of the memory, which is checked when
 the file is not as it was written (its modification time is in the header): reading all of it each time would cost what
-mapping it saves. A file is written under another name, made durable and renamed, so a name either holds a whole snapshot
-or what it held before.
+mapping it saves. A file is written under another name, made durable and renamed, so a name holds a whole snapshot, or
+what it held before.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ class Snapshot:
         """Open and check a snapshot and those it builds on.
 
         ``verify`` reads all memory and compares it with its digest, which otherwise is done only when the file was
-        touched. Raises SnapshotError with one sentence, HostError if a file cannot be read.
+        touched. An empty ``secret`` believes what anybody wrote. Raises SnapshotError with one sentence, HostError if a
+        file cannot be read.
         """
         secret = key.load() if secret is None else secret
         first = snapshot = cls._open_one(Path(path), secret)
@@ -148,7 +149,7 @@ class Snapshot:
                 body = _read(file.read, header.description_size + header.table_size)
             if len(body) != header.description_size + header.table_size:
                 raise SnapshotError(f"{path} is truncated")
-            if not hmac.compare_digest(_mac(secret, head, body), head[-32:]):
+            if secret and not hmac.compare_digest(_mac(secret, head, body), head[-32:]):
                 raise SnapshotError(f"{path} is damaged, or was not saved by this user on this machine")
             description = codec.decode(body[: header.description_size])
             if not isinstance(description, dict):
@@ -280,18 +281,19 @@ def write(
     parent: Parent | None = None,
     secret: bytes | None = None,
     durable: bool = True,
+    identity: str | None = None,
     step: Callable[[str], None] | None = None,
 ) -> str:
     """Write a snapshot with these pages of ``memory`` and return its id.
 
-    Without ``parent`` pages that are all zero are left out. ``step`` is told of each stage, for tests that end the
-    process there. Without ``durable`` a power failure may leave a file that `Snapshot.open` refuses. Raises HostError;
-    then ``path`` is as it was.
+    Without ``parent`` pages that are all zero are left out. ``identity`` is for one that replaces another. ``step`` is
+    told of each stage, for tests that end the process there. Without ``durable`` a power failure may leave a file that
+    `Snapshot.open` refuses. Raises HostError; then ``path`` is as it was.
     """
     secret = key.load() if secret is None else secret
     path = Path(path)
-    identity = os.urandom(16)
-    temporary = path.with_name(f".{path.name}.{identity.hex()[:12]}.tmp")
+    number = os.urandom(16) if identity is None else bytes.fromhex(identity)
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     tell = step or (lambda _: None)
     try:
@@ -310,7 +312,7 @@ def write(
                 file.truncate(memory_at + len(memory))
                 full["memory"] = _write_memory(file, memory_at, memory, present, tell)
                 written_ns = time.time_ns() // 1000 * 1000
-                fields = (memory_at + len(memory), size, len(table), memory_at, len(memory), written_ns, identity)
+                fields = (memory_at + len(memory), size, len(table), memory_at, len(memory), written_ns, number)
                 head = HEADER.pack(MAGIC, VERSION, 0, *fields, _NO_MAC)
                 body = codec.encode(full) + table
                 file.seek(BODY)
@@ -336,7 +338,7 @@ def write(
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-    return identity.hex()
+    return number.hex()
 
 
 def _parent(parent: Parent | None, path: Path) -> dict[str, str] | None:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..agent.protocol import Ready
-from ..errors import ExecError, HostError, InternalError, StateError, WorkerError
+from ..errors import ExecError, HostError, InternalError, MicroVMError, StateError, WorkerError
 from ..machine.config import MachineConfig
 from ..machine.outcome import End, Outcome
 from . import template, wire
 
-PREPARE_TIMEOUT_S: Final = 120.0  # for the first sandbox of a kind: its template is booted
+PREPARE_SLACK_S: Final = 60.0  # beyond booting the template of the first sandbox of a kind
 REQUEST_TIMEOUT_S: Final = 60.0
 RESIDENT_TIMEOUT_S: Final = 5.0
 
@@ -69,7 +69,12 @@ class WorkerMachine:
 
     def connect(self) -> socket.socket:
         """See `SandboxMachine.connect`."""
-        _, fds = self._request({"op": "connect"})
+        try:
+            _, fds = self._request({"op": "connect"})
+        except (WorkerError, ExecError):
+            raise
+        except (MicroVMError, TimeoutError, ConnectionError) as error:
+            raise ExecError(f"cannot connect to the guest: {error}") from None
         return socket.socket(fileno=fds[0])
 
     def wait(self, timeout_s: float | None) -> Outcome | None:
@@ -162,7 +167,7 @@ class WorkerMachine:
 
     def _collect(self, timeout_s: float) -> None:
         """Take in what the worker says within the time, at least one message. With the lock."""
-        if self._closed or self._lost:
+        if self._closed or self._lost or sys.platform == "win32":
             return
         poller = select.poll()
         poller.register(self._control, select.POLLIN)
@@ -193,27 +198,38 @@ class WorkerMachine:
         return WorkerError(f"the sandbox's process{f' {self.pid}' if self.pid else ''} ended unexpectedly")
 
 
-def cold_worker(config: MachineConfig) -> WorkerMachine:
+def cold_worker(config: MachineConfig, boot_timeout_s: float = template.BOOT_TIMEOUT_S) -> WorkerMachine:
     """A worker that boots its machine itself, in a fresh process. It waits for nobody and dies with this one."""
     ours, theirs = wire.pair()
     with theirs:
         machine = WorkerMachine(ours)
-        machine.process = _spawn(config, theirs, "cold")
+        machine.process = _spawn(config, theirs, "cold", boot_timeout_s=boot_timeout_s)
+    return machine
+
+
+def restored_worker(config: MachineConfig, path: Path, frozen_clock: bool = False) -> WorkerMachine:
+    """A worker, in a fresh process, with the machine from a snapshot."""
+    ours, theirs = wire.pair()
+    with theirs:
+        machine = WorkerMachine(ours)
+        mode = f"{'frozen' if frozen_clock else 'restore'}:{path.absolute()}"
+        machine.process = _spawn(config, theirs, mode)
     return machine
 
 
 class ZygoteProcess:
     """A zygote of this process, started now; its first worker waits until it is prepared. Any thread."""
 
-    def __init__(self, config: MachineConfig) -> None:
+    def __init__(self, config: MachineConfig, boot_timeout_s: float = template.BOOT_TIMEOUT_S) -> None:
         ours, theirs = wire.pair()
+        self._patience = 2 * boot_timeout_s + PREPARE_SLACK_S
         self._sock = ours
         self._lock = threading.Lock()
         self._failure: Exception | None = None
         self._prepared = False
         self._owner = os.getpid()
         with theirs:
-            self._process = _spawn(config, theirs, "child")
+            self._process = _spawn(config, theirs, "child", boot_timeout_s=boot_timeout_s)
 
     def worker(self, frozen_clock: bool = False) -> WorkerMachine:
         """A new worker, not yet ready. Raises what preparing the zygote raised, WorkerError if it is gone."""
@@ -232,7 +248,7 @@ class ZygoteProcess:
     def _wait_prepared(self) -> None:
         if self._failure is not None:
             raise self._failure
-        self._sock.settimeout(PREPARE_TIMEOUT_S)
+        self._sock.settimeout(self._patience)
         try:
             message, _ = wire.receive(self._sock)
             if "prepared" not in message:
@@ -257,36 +273,54 @@ class ZygoteProcess:
             self._process.wait()
 
 
-def _spawn(config: MachineConfig, sock: socket.socket, mode: str) -> Any:
+def _spawn(
+    config: MachineConfig,
+    sock: socket.socket,
+    mode: str,
+    module: str = "microvm.workers.zygote",
+    boot_timeout_s: float = template.BOOT_TIMEOUT_S,
+) -> Any:
     import subprocess
 
     if sys.platform != "linux":
         raise StateError("workers need Linux")
     fd = os.memfd_create("microvm-config", os.MFD_CLOEXEC)
+    spare = [fd]
     try:
+        handed = []
+        for one in (fd, sock.fileno()):
+            if one < 3:  # in a process with closed standard streams; the child's own go there
+                import fcntl
+
+                one = fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, 3)
+                spare.append(one)
+            handed.append(one)
         os.write(fd, template.pack_config(config))
+        number, sock_number = handed
         environment = dict(os.environ)
         root = str(Path(__file__).parents[2])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
         return subprocess.Popen(
-            [sys.executable, "-m", "microvm.workers.zygote", str(fd), str(sock.fileno()), mode],
+            [sys.executable, "-m", module, str(number), str(sock_number), mode, str(boot_timeout_s)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=None if os.environ.get("MICROVM_DEBUG") == "1" else subprocess.DEVNULL,
-            pass_fds=[fd, sock.fileno()],
+            pass_fds=handed,
             start_new_session=True,  # a terminal's Ctrl-C is for the commands in the guests, which get it from us
             cwd="/",
             env=environment,
         )
     finally:
-        os.close(fd)
+        wire.close_all(spare)
 
 
 _zygotes: dict[str, ZygoteProcess] = {}
 _zygotes_lock = threading.Lock()
 
 
-def worker(config: MachineConfig, frozen_clock: bool = False) -> WorkerMachine:
+def worker(
+    config: MachineConfig, frozen_clock: bool = False, boot_timeout_s: float = template.BOOT_TIMEOUT_S
+) -> WorkerMachine:
     """A worker with a machine of this configuration, which names its backend, restored from its template."""
     name = template.key(config)
     with _zygotes_lock:
@@ -296,7 +330,7 @@ def worker(config: MachineConfig, frozen_clock: bool = False) -> WorkerMachine:
             zygote.close()
             zygote = None
         if zygote is None:
-            zygote = _zygotes[name] = ZygoteProcess(config)
+            zygote = _zygotes[name] = ZygoteProcess(config, boot_timeout_s)
     try:
         return zygote.worker(frozen_clock)
     except Exception:
@@ -328,6 +362,8 @@ if hasattr(os, "register_at_fork"):
 
 def runtime_directory() -> Path:
     """Where sockets of this user are: nobody else may enter."""
+    if sys.platform == "win32":
+        raise StateError("workers need Linux")
     base = os.environ.get("XDG_RUNTIME_DIR")
     path = Path(base) / "microvm" if base else Path(f"/tmp/microvm-{os.getuid()}")
     path.mkdir(mode=0o700, exist_ok=True)
@@ -337,19 +373,13 @@ def runtime_directory() -> Path:
     return path
 
 
-def resident(name: str) -> WorkerMachine | None:
-    """A worker of the resident zygote for the template ``name``, or None if none is up."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        sock.connect(str(runtime_directory() / f"{name}.sock"))
-    except OSError:
-        sock.close()
-        return None
-    return WorkerMachine(sock)
+def start_resident(config: MachineConfig, module: str) -> None:
+    """Start ``module`` as a resident zygote for this machine in the background, unless one is on its way.
 
-
-def start_resident(config: MachineConfig) -> None:
-    """Start a resident zygote for this machine in the background, unless one is up or on its way. Returns at once."""
+    Returns at once. The module's main hands its arguments to `zygote.main`.
+    """
+    if sys.platform != "linux":
+        return
     name = template.key(config)
     path = runtime_directory() / f"{name}.new"  # renamed when it is prepared
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
@@ -366,4 +396,4 @@ def start_resident(config: MachineConfig) -> None:
         except OSError:
             return  # another process was first
         listener.listen(64)
-        _spawn(config, listener, str(path))
+        _spawn(config, listener, str(path), module)

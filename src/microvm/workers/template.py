@@ -4,8 +4,8 @@
     <cache>/templates/<key>.used    touched when it is used: what was not used longest goes first
     <cache>/templates/<key>.lock    held while it is made
 
-The key covers all that goes into a sandbox: kernel, agent, image, size, backend and version. A template whose parts have
-changed is never looked at again and goes when room is needed.
+The key covers all that goes into a sandbox: kernel, agent, image, size, backend and version. A template whose parts
+have changed is never looked at again and goes when room is needed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from ..snapshot import codec, format
 DEFAULT_LIMIT_MIB: Final = 4096  # of templates, together; $MICROVM_TEMPLATES_MIB
 BOOT_TIMEOUT_S: Final = 60.0
 CONNECT_TIMEOUT_S: Final = 30.0
+TAIL_LINES: Final = 6
+TAIL_BYTES: Final = 4096
 SOFT_CMDLINE: Final = "mitigations=off"  # nothing is speculated there, and page table isolation costs a quarter
 
 
@@ -128,18 +130,33 @@ def boot(vm: MicroVM, timeout_s: float = BOOT_TIMEOUT_S) -> tuple[AgentClient, R
             sock = listener.accept(timeout_s)
         return client, client.wait_ready(sock, timeout_s)
     except TimeoutError:
-        raise BootError(f"the guest was not ready within {timeout_s:g} s") from None
-    except (ConnectionError, ExecError) as error:
-        raise BootError(f"the guest ended while it booted: {error}") from None
+        raise BootError(f"the guest was not ready within {timeout_s:g} s{tail_of(vm)}") from None
+    except (ConnectionError, ExecError):
+        outcome = vm.wait(1.0)
+        how = f"the guest ended while it booted: {outcome}" if outcome else "the guest agent ended"
+        raise BootError(f"{how}{tail_of(vm)}") from None
 
 
-def obtain(config: MachineConfig, name: str) -> Path:
+def tail_of(vm: MicroVM) -> str:
+    """The last of what the guest printed, for a message."""
+    return tail(vm.serial.tail(TAIL_BYTES))
+
+
+def tail(console: bytes) -> str:
+    """The last lines of the console, for a message: one line, printable."""
+    lines = [line.strip() for line in console.decode("utf-8", "replace").splitlines()]
+    shown = " | ".join(line for line in lines[-TAIL_LINES:] if line)
+    shown = "".join(char if char.isprintable() else "?" for char in shown)
+    return f"; its console said: {shown}" if shown else ""
+
+
+def obtain(config: MachineConfig, name: str, boot_timeout_s: float = BOOT_TIMEOUT_S) -> Path:
     """The template of this machine, made if it is not there. Raises BootError and what booting raises."""
     path = path_of(name)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with file_lock(path.with_suffix(".lock"), poll_s=0.02):
         if not usable(path):
-            make(config, path)
+            make(config, path, boot_timeout_s)
             trim(keep=path)
     touch(path)
     return path
@@ -154,10 +171,10 @@ def usable(path: Path) -> bool:
     return True
 
 
-def make(config: MachineConfig, path: Path) -> None:
+def make(config: MachineConfig, path: Path, boot_timeout_s: float = BOOT_TIMEOUT_S) -> None:
     """Boot the machine and save it into ``path``."""
     with MicroVM(config) as vm:
-        client, ready = boot(vm)
+        client, ready = boot(vm, boot_timeout_s)
         with client:
             client.sync()
         note = {"ready": [ready.version, ready.port, ready.started_ns, ready.ready_ns, ready.kernel, ready.error]}
@@ -178,6 +195,15 @@ def restore(path: Path) -> tuple[MicroVM, Ready]:
     try:
         ready = ready_of(restored.description.note)
         return MicroVM(restored.config, _restored=restored), ready
+    finally:
+        restored.close()
+
+
+def describe(path: Path) -> tuple[MachineConfig, Ready, str]:
+    """What a sandbox's snapshot is of, and its id. Raises SnapshotError."""
+    restored = Restored.open(path)
+    try:
+        return restored.config, ready_of(restored.description.note), restored.snapshot.id
     finally:
         restored.close()
 

@@ -37,7 +37,7 @@ def send(sock: socket.socket, message: Message, fds: list[int] | None = None) ->
 
 def receive(sock: socket.socket) -> tuple[Message, list[int]]:
     """The next message and the descriptors that came with it. Raises EOFError at the end, OSError."""
-    if sys.platform == "win32":
+    if sys.platform != "linux":
         raise EOFError
     data, control, flags, _ = sock.recvmsg(
         MAX_MESSAGE, socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC

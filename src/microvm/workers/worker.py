@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import select
 import signal
 import socket
 import sys
@@ -74,9 +73,10 @@ class Worker:
             "backend": self.vm.backend,
             "pid": os.getpid(),
         }
-        pidfd = os.pidfd_open(os.getpid()) if sys.platform == "linux" else -1
-        self._send(message, [stream.fileno(), pidfd])
-        os.close(pidfd)
+        if sys.platform == "linux":
+            pidfd = os.pidfd_open(os.getpid())
+            self._send(message, [stream.fileno(), pidfd])
+            os.close(pidfd)
 
     def _send(self, message: wire.Message, fds: list[int] | None = None) -> None:
         with self._sending:
@@ -148,6 +148,8 @@ class Worker:
         """A copy of this process for each control socket in ``fds``; its guest is a copy of ours."""
         import time
 
+        if sys.platform == "win32":
+            raise StateError("this system cannot fork")
         if threading.active_count() > 1 + self.vm.thread_count:
             raise StateError("the sandbox is being connected to")
         begin = time.perf_counter()
@@ -175,12 +177,3 @@ def die_with_parent() -> None:
     """Have the kernel end this process when the thread that made it ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
-def hung_up(sock: socket.socket) -> bool:
-    """Whether the other end is gone."""
-    if sys.platform == "win32":
-        return False
-    poller = select.poll()
-    poller.register(sock, 0)
-    return bool(poller.poll(0))

@@ -1,10 +1,11 @@
 """The zygote: restore a template once, warm its guest up, and fork a worker whenever one is asked for.
 
-    python -m microvm.workers.zygote CONFIG_FD SOCKET_FD MODE
+    python -m microvm.workers.zygote CONFIG_FD SOCKET_FD MODE BOOT_TIMEOUT
 
 ``CONFIG_FD`` holds the machine's configuration. In mode "child" ``SOCKET_FD`` is one end of a pair: each message brings
 a control socket for a new worker, and when the other end closes the zygote and its workers end. In mode "cold" it is
-the control socket of a worker that boots its machine itself. Any other mode is the path of a listening socket, renamed
+the control socket of a worker that boots its machine itself, in mode "restore:PATH" (or "frozen:") of one that restores
+it from a snapshot. Any other mode is the path of a listening socket, renamed
 from ``.new`` to ``.sock`` when the zygote is prepared: each connection is a control socket, and after a time without
 any the zygote leaves.
 """
@@ -19,6 +20,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -43,23 +45,34 @@ WARM_UP_TIMEOUT_S: Final = 20.0
 _SETTLE_S: Final = 0.02  # for the guest to take notice of the connections that were closed
 
 
+Program = Callable[[socket.socket, MicroVM, Ready], None]
+"""What a resident zygote's workers run instead of `Worker`: gets the parked machine, and does not return."""
+
+
 class Zygote:
     """A parked machine to fork from, or only modules and engine (``vm`` None) for machines that cannot be forked."""
 
-    def __init__(self, config: MachineConfig) -> None:
+    def __init__(
+        self,
+        config: MachineConfig,
+        program: Program | None = None,
+        boot_timeout_s: float = template.BOOT_TIMEOUT_S,
+    ) -> None:
         self.config = config
+        self.boot_timeout_s = boot_timeout_s
+        self.program = program
         self.name = template.key(config)
         self.vm: MicroVM | None = None
         self.ready: Ready | None = None
 
     def prepare(self) -> None:
         """Make or find the template, restore it, run a few commands, and park. Raises what booting raises."""
-        path = template.obtain(self.config, self.name)
+        path = template.obtain(self.config, self.name, self.boot_timeout_s)
         try:
             vm, ready = template.restore(path)
         except SnapshotError:
             template.remove(path)  # of another build: make it anew, once
-            vm, ready = template.restore(template.obtain(self.config, self.name))
+            vm, ready = template.restore(template.obtain(self.config, self.name, self.boot_timeout_s))
         self.ready = ready
         if not vm.can_fork:
             vm.close()
@@ -79,6 +92,8 @@ class Zygote:
 
     def fork(self, control: socket.socket, options: wire.Message, others: list[socket.socket]) -> int:
         """Make a worker that serves ``control``. Returns its process id. Raises OSError."""
+        if sys.platform == "win32":
+            raise OSError(0, "this system cannot fork")
         pid = os.fork()
         if pid:
             return pid
@@ -92,6 +107,8 @@ class Zygote:
 
     def _become(self, control: socket.socket, options: wire.Message) -> None:
         frozen = bool(options.get("frozen_clock"))
+        if self.program is not None and self.vm is not None and self.ready is not None:
+            self.program(control, self.vm, self.ready)
         if self.vm is not None and self.ready is not None:
             Worker(control, self.vm, self.ready).run(forked=True, frozen_clock=frozen)
         try:
@@ -117,6 +134,8 @@ def serve_child(zygote: Zygote, mother: socket.socket) -> None:
 def serve_resident(zygote: Zygote, listener: socket.socket, idle_s: float) -> None:
     """Fork for each connection of this user, until there was none for a while and no worker is left."""
     children: set[int] = set()
+    if sys.platform == "win32":
+        return
     while True:
         ready, _, _ = select.select([listener], [], [], idle_s)
         for pid in list(children):
@@ -157,22 +176,27 @@ def _peer_uid(sock: socket.socket) -> int:
     return int(struct.unpack("3i", credentials)[1])
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], program: Program | None = None) -> int:
     """The process. Returns its exit code."""
     config_fd, socket_fd, mode = int(arguments[0]), int(arguments[1]), arguments[2]
+    boot_timeout_s = float(arguments[3])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever owns us; the end of its socket is for us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with socket.socket(fileno=socket_fd) as sock:
-        if mode == "child":
+        if mode == "child" and sys.platform != "win32":
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         with open(config_fd, "rb") as file:
             file.seek(0)
             config = template.unpack_config(file.read())
         if mode == "cold":
             die_with_parent()
-            return _cold(config, sock)
+            return _cold(config, sock, boot_timeout_s)
+        kind, colon, path = mode.partition(":")
+        if colon:
+            die_with_parent()
+            return _restored(Path(path), sock, kind == "frozen")
         try:
-            zygote = Zygote(config)
+            zygote = Zygote(config, program, boot_timeout_s)
             zygote.prepare()
         except Exception as error:  # noqa: BLE001 - told to whoever asks, where it is raised
             if mode == "child":
@@ -187,17 +211,27 @@ def main(arguments: list[str]) -> int:
                 wire.send(sock, {"prepared": True})
             serve_child(zygote, sock)
         else:
-            path = Path(mode)
-            path.rename(path.with_suffix(".sock"))
+            bound = Path(mode)
+            bound.rename(bound.with_suffix(".sock"))
             serve_resident(zygote, sock, float(os.environ.get("MICROVM_IDLE_S") or IDLE_S))
-            path.with_suffix(".sock").unlink(missing_ok=True)
+            bound.with_suffix(".sock").unlink(missing_ok=True)
     os._exit(0)
 
 
-def _cold(config: MachineConfig, control: socket.socket) -> int:
+def _restored(path: Path, control: socket.socket, frozen_clock: bool) -> int:
+    try:
+        vm, ready = template.restore(path)
+    except Exception as error:  # noqa: BLE001 - told to the owner, where it is raised
+        with contextlib.suppress(OSError):
+            wire.send(control, {"failed": wire.pack_error(error)})
+        os._exit(1)
+    Worker(control, vm, ready).run(forked=False, frozen_clock=frozen_clock)
+
+
+def _cold(config: MachineConfig, control: socket.socket, boot_timeout_s: float) -> int:
     try:
         vm = MicroVM(config)
-        client, ready = template.boot(vm)
+        client, ready = template.boot(vm, boot_timeout_s)
     except Exception as error:  # noqa: BLE001 - told to the owner, where it is raised
         with contextlib.suppress(OSError):
             wire.send(control, {"failed": wire.pack_error(error)})

@@ -59,6 +59,7 @@ class Exit(ctypes.Structure):
         ("size", ctypes.c_uint32),
         ("address", ctypes.c_uint64),
         ("value", ctypes.c_uint64),
+        ("gva", ctypes.c_uint64),
     )
 
 

@@ -99,6 +99,7 @@ class Api:
         self, resolve: Resolver | None = None, on_host_write: Callable[[int, int, int], None] | None = None
     ) -> None:
         self._library: Any = None
+        self.keep_alive: object = None  # whatever owns the functions
         self.on_host_write = on_host_write
         resolve = resolve or self._from_library()
         self.functions: dict[str, Any] = {}
@@ -141,6 +142,24 @@ class Api:
         result: int = self.functions[name](*arguments)
         if result & 0x8000_0000:
             raise error_for(name, result)
+
+
+_default: Api | None = None
+
+
+def default_api() -> Api:
+    """What backends use that were not given an `Api`: WinHvPlatform.dll, loaded once. Raises BackendUnavailable."""
+    global _default
+    if _default is None:
+        _default = Api()
+    return _default
+
+
+def replace_default(api: Api | None) -> Api | None:
+    """Let backends made from now on use ``api``; None takes it back. Returns what was replaced. For simulators."""
+    global _default
+    before, _default = _default, api
+    return before
 
 
 def error_for(call: str, result: int) -> HostError:

@@ -169,6 +169,7 @@ static struct {
     void (*old_cpuid)(uint8_t *);
     void (*old_syscall)(uint8_t *, int);
     void (*old_pause)(uint8_t *, int);
+    void (*old_st[7])(uint8_t *, uint64_t, uint64_t, uint32_t, uintptr_t);
     uint64_t (*old_in[3])(uint8_t *, uint32_t);
     void (*old_out[3])(uint8_t *, uint32_t, uint32_t);
     uint64_t (*old_read_cr)(uint8_t *, int);
@@ -285,6 +286,13 @@ int engine_load(const char *library, char *message, size_t size)
         {(void **)&lib.old_cpuid, "helper_cpuid_x86_64"},
         {(void **)&lib.old_syscall, "helper_syscall_x86_64"},
         {(void **)&lib.old_pause, "helper_pause_x86_64"},
+        {(void **)&lib.old_st[0], "helper_ret_stb_mmu_x86_64"},
+        {(void **)&lib.old_st[1], "helper_le_stw_mmu_x86_64"},
+        {(void **)&lib.old_st[2], "helper_le_stl_mmu_x86_64"},
+        {(void **)&lib.old_st[3], "helper_le_stq_mmu_x86_64"},
+        {(void **)&lib.old_st[4], "helper_be_stw_mmu_x86_64"},
+        {(void **)&lib.old_st[5], "helper_be_stl_mmu_x86_64"},
+        {(void **)&lib.old_st[6], "helper_be_stq_mmu_x86_64"},
         {(void **)&lib.old_in[0], "helper_inb_x86_64"},
         {(void **)&lib.old_in[1], "helper_inw_x86_64"},
         {(void **)&lib.old_in[2], "helper_inl_x86_64"},
@@ -356,12 +364,41 @@ static void check_io(uint8_t *env, uint32_t port, uint32_t size, uintptr_t ra)
     lib.raise_err_ra(env, GP_FAULT, 0, ra);
 }
 
+/* A store the translated code cannot do by itself. Where stores are handed out before they happen, this is where the
+ * address and the place in the code are known (a write to read-only memory leaves no other trace of the latter). */
+static __thread struct {
+    uint64_t gva;
+    uintptr_t ra;
+} store __attribute__((tls_model("initial-exec")));
+
 /* Leave the instruction that `ra` is in unfinished. When it runs again, partition.c knows its access was done. */
 static void abandon(uintptr_t ra)
 {
+    store.ra = 0; /* for the next store, which may come from inside the processor */
     U32(current->cpu, CPU_EXCEPTION_INDEX) = EXCP_INTERRUPT;
     lib.loop_exit_restore(current->cpu, ra);
 }
+
+#define DEFINE_STORE_HELPER(name, slot, type)                                                                         \
+    __attribute__((visibility("default"))) void name(uint8_t *env, uint64_t gva, type value, uint32_t oi, uintptr_t ra) \
+    {                                                                                                                 \
+        if (OURS(env) && current->exits) {                                                                            \
+            store.gva = gva;                                                                                          \
+            store.ra = ra;                                                                                            \
+            lib.old_st[slot](env, gva, value, oi, ra);                                                                \
+            store.ra = 0;                                                                                             \
+        } else {                                                                                                      \
+            lib.old_st[slot](env, gva, value, oi, ra);                                                                \
+        }                                                                                                             \
+    }
+
+DEFINE_STORE_HELPER(helper_ret_stb_mmu_x86_64, 0, uint8_t)
+DEFINE_STORE_HELPER(helper_le_stw_mmu_x86_64, 1, uint16_t)
+DEFINE_STORE_HELPER(helper_le_stl_mmu_x86_64, 2, uint32_t)
+DEFINE_STORE_HELPER(helper_le_stq_mmu_x86_64, 3, uint64_t)
+DEFINE_STORE_HELPER(helper_be_stw_mmu_x86_64, 4, uint16_t)
+DEFINE_STORE_HELPER(helper_be_stl_mmu_x86_64, 5, uint32_t)
+DEFINE_STORE_HELPER(helper_be_stq_mmu_x86_64, 6, uint64_t)
 
 #define DEFINE_PORT_HELPERS(suffix, slot, bytes, type)                                                                \
     __attribute__((visibility("default"))) uint64_t helper_in##suffix##_x86_64(uint8_t *env, uint32_t port)           \
@@ -650,8 +687,12 @@ static int on_write_protected(uint8_t *uc, int type, uint64_t gpa, int size, int
 {
     (void)uc;
     (void)type;
-    if (exit_before((Partition *)data, EXIT_MMIO_WRITE, gpa, (uint32_t)size, (uint64_t)value))
-        return 0; /* the engine then leaves the instruction undone */
+    if (exit_before((Partition *)data, EXIT_MMIO_WRITE, gpa, (uint32_t)size, (uint64_t)value)) {
+        if (store.ra)
+            abandon(store.ra);
+        partition_crash((Partition *)data, STOP_ENGINE, "the processor itself wrote to read-only memory");
+        return 1;
+    }
     partition_mmio_write((Partition *)data, gpa, (uint32_t)size, (uint64_t)value);
     return 1;
 }
@@ -1139,3 +1180,6 @@ void mv_engine_cpuid(Partition *p, uint32_t leaf, uint32_t subleaf, uint32_t out
 uint32_t *engine_hidden_flags(uint8_t *env, int second) { return &U32(env, second ? ENV_HFLAGS2 : ENV_HFLAGS); }
 
 void engine_set_fault_address(uint8_t *env, uint64_t gva) { U64(env, ENV_CR + 16) = gva; }
+
+/* Of the store under way, ~0 where it is the processor's own. */
+uint64_t engine_store_gva(void) { return store.ra ? store.gva : ~0ull; }

@@ -29,7 +29,7 @@ int exit_before(Partition *p, int kind, uint64_t address, uint32_t size, uint64_
         return 0; /* the local APIC is inside */
     Vcpu *v = p->loaded;
     if (!v->stop) { /* else: an end of interrupt is to be told first, and the instruction runs again */
-        v->exit = (Exit){(uint32_t)kind, size, address, value};
+        v->exit = (Exit){(uint32_t)kind, size, address, value, kind == EXIT_MMIO_WRITE ? engine_store_gva() : ~0ull};
         v->stop = STOP_EXIT;
     }
     engine_request(p, REQUEST_KICK);
@@ -80,7 +80,7 @@ void mv_vcpu_exit(Partition *p, int index, Exit *out)
         if (v->ended[i]) {
             int bit = __builtin_ctz(v->ended[i]);
             v->ended[i] &= v->ended[i] - 1;
-            *out = (Exit){EXIT_EOI, 0, (uint64_t)(i * 32 + bit), 0};
+            *out = (Exit){EXIT_EOI, 0, (uint64_t)(i * 32 + bit), 0, ~0ull};
             return;
         }
     v->exit.kind = EXIT_NONE;
