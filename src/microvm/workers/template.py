@@ -130,7 +130,8 @@ def boot(vm: MicroVM, timeout_s: float = BOOT_TIMEOUT_S) -> tuple[AgentClient, R
     except TimeoutError:
         raise BootError(f"the guest was not ready within {timeout_s:g} s") from None
     except (ConnectionError, ExecError) as error:
-        raise BootError(f"the guest ended while it booted: {error}") from None
+        outcome = vm.wait(1.0)
+        raise BootError(f"the guest ended while it booted: {outcome or error}") from None
 
 
 def obtain(config: MachineConfig, name: str) -> Path:
