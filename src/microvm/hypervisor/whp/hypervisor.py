@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 from ...errors import BackendUnavailable, HostError
 from ..base import Availability, PartitionConfig
@@ -42,6 +43,12 @@ class WhpHypervisor:
                 ENABLE_HINT,
             )
         return WhpPartition(api, config)
+
+    def questions(self) -> dict[str, Callable[[], tuple[str, bool | None]]]:
+        """WHP's own questions for ``microvm selftest`` (`hypervisor.questions`)."""
+        from .questions import questions
+
+        return questions(self)
 
     def probe(self) -> Availability:
         """See `base.Hypervisor.probe`. A feature that looks enabled proves nothing, so a partition is really made."""

@@ -154,6 +154,13 @@ class WhpVcpu:
             if stop is not None:
                 return stop
 
+    def enter_once(self) -> int:
+        """One WHvRunVirtualProcessor, nothing served. Returns the exit reason: for ``microvm selftest``."""
+        result = self._run(self.handle, self.index, self._context_at, SIZE)
+        if result:
+            raise error_for("WHvRunVirtualProcessor", result)
+        return self._u32[0]
+
     def kick(self) -> None:
         """See `base.Vcpu.kick`."""
         with self._lock:
