@@ -86,7 +86,7 @@ def test_code_the_host_wrote_runs_new_not_stale(machine: Machine) -> None:
 
 def test_kicks_never_run_an_instruction_twice(machine: Machine) -> None:
     """A read-modify-write counts its own executions against a register while another thread kicks."""
-    turns = 3_000_000
+    turns = 20_000_000
     code = Code(64, CODE).mov("rdi", DATA).mov("ecx", turns).mov("eax", 1)
     code.label("again").add_memory("rdi", "eax").dec("ecx").j("nz", "again").load("eax", "rdi")
     machine.vcpu.set_registers(machine.long(stop(code)))

@@ -7,6 +7,7 @@ more than an interpreter start.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ REPORT: Final = "this is a bug in microvm, please report it with the command you
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. Never raises, but for ``SystemExit`` from argparse."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        _keep_standard_streams()
     if arguments in (["--version"], ["-V"]):
         return _print_version()
     if arguments[:1] == ["run"] and argv is None:
@@ -61,6 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         message, code = explain(error)
         complain(message)
         return code
+
+
+def _keep_standard_streams() -> None:
+    """Put /dev/null in the place of a standard stream that is closed, or the next file opened would become it.
+
+    Opened for reading, so that a write to standard output fails as it did when closed.
+    """
+    for stream in range(3):
+        try:
+            os.fstat(stream)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.open(os.devnull, os.O_RDONLY)  # takes the lowest number that is free: this one
 
 
 def explain(error: Exception) -> tuple[str, int]:
