@@ -33,8 +33,8 @@ WINDOW = 0xFEC0_0000  # inside the 2 MiB that questions.Guest maps uncached arou
 KINDS = {
     "out 0xe0, al": (bytes.fromhex("e6 e0"), True, True),
     "in eax, 0xe0": (bytes.fromhex("e5 e0"), True, False),
-    "mov [rbx], ecx": (bytes.fromhex("89 0b"), False, True),
-    "mov ecx, [rbx]": (bytes.fromhex("8b 0b"), False, False),
+    "mov [rbx+80], ecx": (bytes.fromhex("89 4b 50"), False, True),
+    "mov ecx, [rbx+80]": (bytes.fromhex("8b 4b 50"), False, False),
 }
 
 
@@ -93,19 +93,18 @@ def layer(code: bytes, port: bool, write: bool) -> float:
     made = Guest(WhpHypervisor(SimulatedWhp().api()), code)
     vcpu = made.vcpu
     nothing = ctypes.cast(ctypes.CDLL(None).pthread_equal, ctypes.c_void_p).value  # 0 for arguments that differ
-    real = (vcpu._run, vcpu._cancel, vcpu._set, vcpu._cpu._get, vcpu._cpu._set)
+    real = (vcpu._run, vcpu._cancel, vcpu._get, vcpu._set)
     vcpu._run = PROTOTYPES["WHvRunVirtualProcessor"](nothing)
     vcpu._cancel = PROTOTYPES["WHvCancelRunVirtualProcessor"](nothing)
-    vcpu._set = vcpu._cpu._set = PROTOTYPES["WHvSetVirtualProcessorRegisters"](nothing)
-    vcpu._cpu._get = PROTOTYPES["WHvGetVirtualProcessorRegisters"](nothing)
+    vcpu._set = PROTOTYPES["WHvSetVirtualProcessorRegisters"](nothing)
+    vcpu._get = PROTOTYPES["WHvGetVirtualProcessorRegisters"](nothing)
     reason = codes.WHvRunVpExitReasonX64IoPortAccess if port else codes.WHvRunVpExitReasonMemoryAccess
     head = struct.pack("<II HBBI QIHH QQ", reason, 0, 1 << 4, len(code) if port else 0, 0, 0, 0, 0, 8, 0xA09B, RIP, 2)
     info = (int(write) | (4 if code[0] == 0xE5 else 1) << 1) if port else int(write) | 8
     rest = struct.pack("<B3x16sI", 15, code.ljust(16, b"\x90"), info)
-    rest += struct.pack("<H6x", 0xE0) if port else struct.pack("<QQ", WINDOW, WINDOW)
+    rest += struct.pack("<H6x", 0xE0) if port else struct.pack("<QQ", WINDOW + 0x50, WINDOW + 0x50)
     raw = head + rest
     vcpu._u8[: len(raw)] = raw
-    vcpu._cpu._in.words[6] = WINDOW  # rbx
     device = Device(vcpu.kick)
     bus = Bus()
     bus.map_pio(0xE0, 4, device)
@@ -113,7 +112,7 @@ def layer(code: bytes, port: bool, write: bool) -> float:
     try:
         return timed(vcpu, bus, device, lambda: None)
     finally:
-        vcpu._run, vcpu._cancel, vcpu._set, vcpu._cpu._get, vcpu._cpu._set = real
+        vcpu._run, vcpu._cancel, vcpu._get, vcpu._set = real
         made.close()
 
 
