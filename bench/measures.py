@@ -125,7 +125,7 @@ def boot(context: Context) -> list[Figure]:
     return figures
 
 
-def warm_boot(setup: Setup) -> float:
+def warm_boot(setup: Setup, backend: str = "soft") -> float:
     """Seconds from the call to the guest's first line in this process."""
     import microvm
 
@@ -140,7 +140,7 @@ def warm_boot(setup: Setup) -> float:
         console=False,
         rng=False,
         balloon=False,
-        backend="soft",
+        backend=backend,
     )
     with microvm.MicroVM(config) as vm:
         vm.serial.on_output(lambda data: seen.set() if b"M" in data else None)

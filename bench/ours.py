@@ -1,6 +1,6 @@
-"""A machine of ours as a process: `python bench/ours.py KERNEL INITRD CMDLINE [disk=F] [ro] [stream] [console]`.
+"""A machine of ours as a process: `python bench/ours.py KERNEL INITRD CMDLINE [OPTION]...`.
 
-Prints the guest's serial line. Used as the counterpart of a QEMU process, through the public API alone.
+Options: disk=FILE ro stream console backend=NAME. Prints the guest's serial line. Used as the counterpart of a QEMU process, through the public API alone.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ CMDLINE = "console=ttyS0 reboot=t panic=-1 quiet loglevel=0"
 
 
 class Ours:
-    """Starts machines of ours."""
+    """Starts machines of ours, of one backend."""
 
     name = "microvm"
     stream = f"vsock:{PORT}"
+
+    def __init__(self, backend: str = "soft") -> None:
+        self.backend = backend
 
     def argv(self, setup: Setup) -> list[str]:
         words = [sys.executable, __file__, str(setup.kernel), str(setup.initrd), cmdline(setup), str(setup.memory_mib)]
         if setup.disk:
             words += [f"disk={setup.disk}"] + ["ro"] * setup.read_only
-        return words + ["stream"] * bool(setup.stream) + ["console"] * setup.console
+        return words + ["stream"] * bool(setup.stream) + ["console"] * setup.console + [f"backend={self.backend}"]
 
     def start(self, setup: Setup) -> Child:
         return Child(self.argv(setup))
@@ -45,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
 
     kernel, initrd, command_line, memory, *options = argv
     disks = [microvm.DiskConfig(Path(o[5:]), read_only="ro" in options) for o in options if o.startswith("disk=")]
+    backend = next((o[8:] for o in options if o.startswith("backend=")), "soft")
     config = microvm.MachineConfig(
         kernel=Path(kernel),
         initrds=[Path(initrd)],
@@ -55,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         console="console" in options,
         rng=False,
         balloon=False,
-        backend="soft",
+        backend=backend,
     )
     with microvm.MicroVM(config) as vm:
         vm.serial.on_output(lambda data: os.write(1, data) and None)

@@ -74,6 +74,14 @@ class Bus:
         """Call ``handler(vector)`` when a vCPU ends a level-triggered interrupt."""
         self._eoi.append(handler)
 
+    def port(self, port: int) -> tuple[PioDevice, int] | None:
+        """Who answers at ``port`` and its first port there. Once taken, a port stays taken: the answer can be kept."""
+        return self._ports.get(port)
+
+    def page(self, gpa: int) -> tuple[MmioDevice, int] | None:
+        """Who answers in the page of ``gpa`` and its base there. Once taken, a page stays taken."""
+        return self._pages.get(gpa >> PAGE_SHIFT)
+
     def pio_read(self, port: int, size: int) -> int:
         """Read ``size`` bytes (1, 2, 4) from a port. vCPU thread."""
         entry = self._ports.get(port)

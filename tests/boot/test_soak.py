@@ -13,6 +13,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -66,7 +67,7 @@ class Holdings(NamedTuple):
                     words = [int(word) * resource.getpagesize() >> 10 for word in file.read().split()]
                 mappings += words[0]
                 resident += words[1]
-        files = sum("microvm" in name for name in os.listdir(tempfile.gettempdir()))
+        files = len(os.listdir(tempfile.gettempdir()))
         return cls(len(pids), descriptors, threads, files, mappings, resident)
 
     @classmethod
@@ -106,8 +107,10 @@ def small(request: pytest.FixtureRequest) -> Callable[..., Sandbox]:
 
 
 @pytest.fixture(autouse=True)
-def no_collector() -> Iterator[None]:
+def no_collector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing may wait for the garbage collector to be freed: a host can be busy elsewhere for long."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     gc.collect()
     gc.disable()
     yield

@@ -7,6 +7,7 @@ more than an interpreter start.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ COMMANDS: Final = {
     "boot": "boot any kernel with its console on this terminal",
     "checkpoint": "save moments of a sandbox and go on from them",
     "doctor": "say what works on this machine and what to enable",
+    "selftest": "ask a backend what it does on this machine, for a report",
     "image": "build, list and remove root filesystems",
     "kernel": "fetch, build and list kernels",
 }
@@ -31,6 +33,7 @@ EXIT_USAGE: Final = 2
 EXIT_UNAVAILABLE: Final = 69  # EX_UNAVAILABLE of <sysexits.h>
 EXIT_INTERNAL: Final = 70  # EX_SOFTWARE
 EXIT_SIGNAL: Final = 128
+ENOMEM: Final = 12
 SIGINT: Final = 2
 SIGPIPE: Final = 13
 REPORT: Final = "this is a bug in microvm, please report it with the command you ran (MICROVM_DEBUG=1 shows where)"
@@ -39,6 +42,8 @@ REPORT: Final = "this is a bug in microvm, please report it with the command you
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. Never raises, but for ``SystemExit`` from argparse."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        _keep_standard_streams()
     if arguments in (["--version"], ["-V"]):
         return _print_version()
     if argv is None:
@@ -67,6 +72,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
+def _keep_standard_streams() -> None:
+    """Put /dev/null in the place of a standard stream that is closed, or the next file opened would become it.
+
+    Opened for reading, so that a write to standard output fails as it did when closed.
+    """
+    for stream in range(3):
+        try:
+            os.fstat(stream)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.open(os.devnull, os.O_RDONLY)  # takes the lowest number that is free: this one
+
+
 def explain(error: Exception) -> tuple[str, int]:
     """The sentence and the exit code for an error that reached the top."""
     from .. import errors
@@ -80,11 +98,15 @@ def explain(error: Exception) -> tuple[str, int]:
         return f"{text}: {REPORT}", EXIT_INTERNAL
     if isinstance(error, errors.MicroVMError):
         return text, EXIT_FAILURE
+    if isinstance(error, MemoryError | OSError):
+        from ..hypervisor.limits import withheld
+
+        out = withheld("", ENOMEM if isinstance(error, MemoryError) else error.errno or 0)
+        if out is not None:
+            return str(out), EXIT_UNAVAILABLE
     if isinstance(error, OSError) and error.strerror:
         name = f"{error.filename}: " if error.filename else ""
         return f"{name}{error.strerror.lower()}", EXIT_FAILURE
-    if isinstance(error, MemoryError):
-        return "the host is out of memory", EXIT_FAILURE
     return f"{type(error).__name__}: {text or 'no message'}: {REPORT}", EXIT_INTERNAL
 
 

@@ -105,6 +105,8 @@ def automatic() -> Availability:
     usable = [availability for availability in found if availability.usable]
     if not usable:
         reasons = "; ".join(f"{a.name}: {a.reason}" for a in found)
-        hint = next((a.hint for a in reversed(found) if a.hint), "")
+        hints = {a.name: a.hint for a in found if a.hint}
+        hint = hints.get("whp", "") if sys.platform == "win32" else ""
+        hint = hint or next(reversed(hints.values()), "")
         raise BackendUnavailable("", 0, f"no backend works here ({reasons})", hint)
     return max(usable, key=lambda availability: (availability.mips, availability.accelerated))

@@ -17,7 +17,7 @@ ordinary memory gets a clear stop, not a wrong result.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from iced_x86 import Decoder, DecoderError, Instruction, MemorySizeExt, Mnemonic, OpKind, Register, RegisterExt
 
@@ -123,6 +123,53 @@ def decode(code: bytes, bits: int) -> Instruction:
         _decoded.clear()
     _decoded[key] = instruction
     return instruction
+
+
+class PlainMove(NamedTuple):
+    """MOV between memory and a register, or of a constant to memory: nine of ten device accesses.
+
+    ``register`` is the general register's index, None for a constant. The high byte registers are not plain.
+    """
+
+    is_write: bool
+    size: int
+    length: int
+    register: int | None
+    constant: int
+
+
+_plain: dict[tuple[bytes, int], PlainMove | None] = {}
+
+
+def plain_move(code: bytes, bits: int) -> PlainMove | None:
+    """The instruction ``code`` begins with if it is a plain move, for callers that know its address already."""
+    key = (code, bits)
+    if key in _plain:
+        return _plain[key]
+    if len(_plain) >= _CACHED:
+        _plain.clear()
+    try:
+        found = _as_plain_move(decode(code, bits))
+    except (TooShort, Unsupported):
+        found = None
+    _plain[key] = found
+    return found
+
+
+def _as_plain_move(instruction: Instruction) -> PlainMove | None:
+    kinds = (instruction.op_kind(0), instruction.op_kind(1))
+    if instruction.mnemonic != Mnemonic.MOV or OpKind.MEMORY not in kinds:
+        return None
+    is_write = kinds[0] == OpKind.MEMORY
+    size = MemorySizeExt.size(instruction.memory_size)
+    other = 1 if is_write else 0
+    if kinds[other] != OpKind.REGISTER:
+        constant = int(instruction.immediate(other)) & _MASKS[size]
+        return PlainMove(is_write, size, instruction.len, None, constant)
+    register = _GPR.get(instruction.op_register(other))
+    if register is None or register[1]:
+        return None
+    return PlainMove(is_write, size, instruction.len, register[0], 0)
 
 
 def execute(instruction: Instruction, cpu: Cpu) -> None:

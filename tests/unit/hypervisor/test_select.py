@@ -12,7 +12,7 @@ from microvm.hypervisor.base import Availability
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch) -> dict[str, Availability]:
     """What probing finds, for the test to fill in."""
-    table: dict[str, Availability] = {}
+    table = {"whp": Availability("whp", False, "not Windows")}
     monkeypatch.setattr(select, "probe", lambda name: table[name])
     return table
 
@@ -39,13 +39,27 @@ def test_fast_hardware_is_taken_without_measuring_the_rest(found: dict[str, Avai
 def test_no_backend_is_one_sentence_with_every_reason(found: dict[str, Availability]) -> None:
     found["kvm"] = Availability("kvm", False, "no such file", "load the module")
     found["soft"] = Availability("soft", False, "unicorn is missing", "pip install it")
-    with pytest.raises(BackendUnavailable, match=r"kvm: no such file; soft: unicorn is missing") as caught:
+    with pytest.raises(
+        BackendUnavailable, match=r"kvm: no such file; whp: not Windows; soft: unicorn is missing"
+    ) as caught:
         select.automatic()
     assert caught.value.hint
 
 
+def test_on_windows_the_hint_is_how_to_switch_the_platform_on(
+    found: dict[str, Availability], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found["kvm"] = Availability("kvm", False, "no such file", "load the module")
+    found["whp"] = Availability("whp", False, "no hypervisor is running", "switch it on")
+    found["soft"] = Availability("soft", False, "not on this system", "use a hardware backend")
+    monkeypatch.setattr(select.sys, "platform", "win32")
+    with pytest.raises(BackendUnavailable) as caught:
+        select.automatic()
+    assert caught.value.hint == "switch it on"
+
+
 def test_unknown_name_is_the_callers_mistake() -> None:
-    with pytest.raises(ConfigError, match="auto, kvm, soft"):
+    with pytest.raises(ConfigError, match="auto, kvm, whp, soft"):
         select.choose("xen")
 
 

@@ -4,7 +4,8 @@ How a run goes. `run` calls KVM_RUN, a C function that releases the GIL, over an
 reason in the shared ``kvm_run`` page; port and memory accesses are served on the bus and completed by the next
 KVM_RUN, which first takes the data we left in the page. Local APICs, HLT, INIT and SIPI live in the kernel; the
 loop sees none of them. The page is read through four views of itself (8, 16, 32 and 64 bits), whose offsets are
-fixed by `abi.kvm_run`; the ctypes arguments of KVM_RUN are made once. So an exit creates no object that outlives it.
+fixed by `abi.kvm_run`. The first access of a kind goes through the bus; the loop then remembers the device's own
+function and where the data lie, so that the next one costs two reads of the page and a look-up.
 
 How a kick gets in. ``immediate_exit`` is set in the page, then the thread gets a signal. If the vCPU is in the
 guest, the signal makes KVM_RUN return EINTR; if it is about to enter, the flag does; if it is not running, the flag
@@ -25,11 +26,11 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
-from ...bus import Bus
+from ...bus import PAGE_SHIFT, Bus
 from ...errors import HostError
 from ..base import STOP_HALTED, STOP_KICKED, TRIPLE_FAULT, Registers, StopReason, VcpuStop
 from . import abi, state
-from .api import Api, host_error, libc
+from .api import Api, host_error, kvm_run
 from .exits import crash_detail
 from .kick import Poke, kick_signal, unblock_kick_signal
 from .registers import load_registers, store_registers
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _U: Final = abi.kvm_run.u.offset
 _EXIT_REASON_U32: Final = abi.kvm_run.exit_reason.offset // 4
 _IMMEDIATE_EXIT: Final = abi.kvm_run.immediate_exit.offset
+_IO_WHAT_U64: Final = _U // 8  # direction, size, port and count
 _IO_DIRECTION: Final = _U + abi._run_io.direction.offset
 _IO_SIZE: Final = _U + abi._run_io.size.offset
 _IO_PORT_U16: Final = (_U + abi._run_io.port.offset) // 2
@@ -50,6 +52,10 @@ _MMIO_GPA_U64: Final = (_U + abi._run_mmio.phys_addr.offset) // 8
 _MMIO_DATA: Final = _U + abi._run_mmio.data.offset
 _MMIO_LEN_U32: Final = (_U + abi._run_mmio.len.offset) // 4
 _MMIO_IS_WRITE: Final = _U + abi._run_mmio.is_write.offset
+_MMIO_WHAT_U64: Final = _MMIO_LEN_U32 // 2  # length and direction, then 24 bits of anything
+_MMIO_WHAT_MASK: Final = (1 << 40) - 1
+_MMIO_READ_4: Final = 4
+_MMIO_WRITE_4: Final = 1 << 32 | 4
 _RFLAGS_IF: Final = 1 << 9
 _SETTLE_LIMIT: Final = 4096  # exits one instruction may still cost; a page of bytes by REP INS is the most
 
@@ -81,7 +87,11 @@ class KvmVcpu:
         self._u32 = self._u8.cast("I")
         self._u64 = self._u8.cast("Q")
         self._data = self._u8[_MMIO_DATA : _MMIO_DATA + 8]
-        self._arguments = (ctypes.c_int(fd), ctypes.c_ulong(abi.KVM_RUN), ctypes.c_ulong(0))
+        self._run = kvm_run()
+        # Who answers: by direction, size, port and count of a port access as the page has them, and by MMIO page.
+        self._ports: dict[int, tuple[Any, int, int, memoryview, int, int]] = {}
+        self._pages: dict[int, tuple[Any, Any, int]] = {}
+        self._bus: Bus | None = None
         self._closed = False
 
     def __repr__(self) -> str:
@@ -114,64 +124,51 @@ class KvmVcpu:
         self._poke.start()
 
     def _loop(self, bus: Bus) -> VcpuStop:
-        kvm_run: Any = libc()["ioctl"]
-        fd, request, zero = self._arguments
-        u8, u16, u32, u64 = self._u8, self._u16, self._u32, self._u64
-        pio_read, pio_write = bus.pio_read, bus.pio_write
-        mmio_read, mmio_write = bus.mmio_read, bus.mmio_write
+        run, fd, kvm_run = self._run, self.fd, abi.KVM_RUN
+        u32, u64 = self._u32, self._u64
+        if bus is not self._bus:
+            self._bus = bus
+            self._ports.clear()
+            self._pages.clear()
+        port_entry, page_entry = self._ports.get, self._pages.get
         while True:
-            if kvm_run(fd, request, zero):
-                stop = self._interrupted()
+            try:
+                run(fd, kvm_run)
+            except OSError as error:
+                stop = self._interrupted(error.errno or errno.EIO)
                 if stop is None:
                     continue
                 return stop
             reason = u32[_EXIT_REASON_U32]
             if reason == abi.KVM_EXIT_IO:
-                if u32[_IO_COUNT_U32] == 1:
-                    size = u8[_IO_SIZE]
-                    at = u64[_IO_DATA_OFFSET_U64]
-                    if u8[_IO_DIRECTION]:
-                        if size == 1:
-                            pio_write(u16[_IO_PORT_U16], 1, u8[at])
-                        elif size == 4:
-                            pio_write(u16[_IO_PORT_U16], 4, u32[at >> 2])
-                        else:
-                            pio_write(u16[_IO_PORT_U16], 2, u16[at >> 1])
-                    elif size == 1:
-                        u8[at] = pio_read(u16[_IO_PORT_U16], 1)
-                    elif size == 4:
-                        u32[at >> 2] = pio_read(u16[_IO_PORT_U16], 4)
-                    else:
-                        u16[at >> 1] = pio_read(u16[_IO_PORT_U16], 2)
+                port = port_entry(u64[_IO_WHAT_U64])
+                if port is None:
+                    self._io(bus)
+                    continue
+                function, offset, size, view, at, mask = port
+                if mask:
+                    view[at] = function(offset, size) & mask
                 else:
-                    self._string_io(bus)
+                    function(offset, size, view[at])
             elif reason == abi.KVM_EXIT_MMIO:
-                size = u32[_MMIO_LEN_U32]
-                if u8[_MMIO_IS_WRITE]:
-                    if size == 4:
-                        mmio_write(u64[_MMIO_GPA_U64], 4, u32[_MMIO_DATA >> 2])
-                    elif size == 8:
-                        mmio_write(u64[_MMIO_GPA_U64], 8, u64[_MMIO_DATA >> 3])
-                    elif size == 1:
-                        mmio_write(u64[_MMIO_GPA_U64], 1, u8[_MMIO_DATA])
-                    elif size == 2:
-                        mmio_write(u64[_MMIO_GPA_U64], 2, u16[_MMIO_DATA >> 1])
-                    else:
-                        self._odd_mmio(bus, size)
-                elif size == 4:
-                    u32[_MMIO_DATA >> 2] = mmio_read(u64[_MMIO_GPA_U64], 4)
-                elif size in (1, 2, 8):
-                    u64[_MMIO_DATA >> 3] = mmio_read(u64[_MMIO_GPA_U64], size)
+                gpa = u64[_MMIO_GPA_U64]
+                page = page_entry(gpa >> PAGE_SHIFT)
+                what = u64[_MMIO_WHAT_U64] & _MMIO_WHAT_MASK
+                if page is None:
+                    self._mmio(bus)
+                elif what == _MMIO_WRITE_4:
+                    page[1](gpa - page[2], 4, u32[_MMIO_DATA >> 2])
+                elif what == _MMIO_READ_4:
+                    u32[_MMIO_DATA >> 2] = page[0](gpa - page[2], 4) & 0xFFFF_FFFF
                 else:
-                    self._odd_mmio(bus, size)
+                    self._mmio(bus)
             elif reason == abi.KVM_EXIT_IOAPIC_EOI:
-                bus.apic_eoi(u8[_U])
+                bus.apic_eoi(self._u8[_U])
             elif reason != abi.KVM_EXIT_INTR:
                 return self._cold(reason)
 
-    def _interrupted(self) -> VcpuStop | None:
-        """KVM_RUN failed. Returns why to stop, or None to go on."""
-        code = ctypes.get_errno()
+    def _interrupted(self, code: int) -> VcpuStop | None:
+        """KVM_RUN failed with ``code``. Returns why to stop, or None to go on."""
         if code == errno.EINTR:
             with self._lock:
                 kicked = self._kicked
@@ -204,18 +201,48 @@ class KvmVcpu:
         self.api.ioctl(self.fd, abi.KVM_GET_MP_STATE, mp_state)
         return int(mp_state.mp_state)
 
-    def _string_io(self, bus: Bus) -> None:
-        """INS or OUTS with REP: ``count`` elements lie one after the other in the page."""
+    def _io(self, bus: Bus) -> None:
+        """Any port access. ``count`` elements lie one after the other in the page: more than one is INS or OUTS.
+
+        Remembers who answers a single access, for the loop. The guest decides how many kinds of access there are, the
+        bus how many ports answer: at most 6 entries for each of those.
+        """
         u8 = self._u8
-        size, port = u8[_IO_SIZE], self._u16[_IO_PORT_U16]
+        size, port, count = u8[_IO_SIZE], self._u16[_IO_PORT_U16], self._u32[_IO_COUNT_U32]
         at = self._u64[_IO_DATA_OFFSET_U64]
-        end = at + size * self._u32[_IO_COUNT_U32]
-        if u8[_IO_DIRECTION]:
+        end = at + size * count
+        write = u8[_IO_DIRECTION]
+        what = self._u64[_IO_WHAT_U64]
+        if write:
             for start in range(at, end, size):
                 bus.pio_write(port, size, int.from_bytes(u8[start : start + size], "little"))
         else:
             for start in range(at, end, size):
                 u8[start : start + size] = bus.pio_read(port, size).to_bytes(size, "little")
+        claimed = bus.port(port)
+        if claimed is not None and count == 1:
+            device, first = claimed
+            view = {1: u8, 2: self._u16, 4: self._u32}[size]
+            # The data lie in a page of their own, always at the same place.
+            if write:
+                self._ports[what] = (device.pio_write, port - first, size, view, at // size, 0)
+            else:
+                self._ports[what] = (device.pio_read, port - first, size, view, at // size, (1 << 8 * size) - 1)
+
+    def _mmio(self, bus: Bus) -> None:
+        """Any access to device memory. Remembers who answers in that page, for the loop."""
+        u64 = self._u64
+        size, gpa = self._u32[_MMIO_LEN_U32], u64[_MMIO_GPA_U64]
+        if size not in (1, 2, 4, 8):
+            self._odd_mmio(bus, size)
+        elif self._u8[_MMIO_IS_WRITE]:
+            bus.mmio_write(gpa, size, int.from_bytes(self._data[:size], "little"))
+        else:
+            u64[_MMIO_DATA >> 3] = bus.mmio_read(gpa, size)
+        claimed = bus.page(gpa)
+        if claimed is not None:
+            device, base = claimed
+            self._pages[gpa >> PAGE_SHIFT] = (device.mmio_read, device.mmio_write, base)
 
     def _odd_mmio(self, bus: Bus, size: int) -> None:
         """An access of 3, 5, 6 or 7 bytes: one half of an access that crosses a page. Served in aligned pieces."""
@@ -272,11 +299,12 @@ class KvmVcpu:
         """
         if not self._open:
             return
-        function: Any = libc()["ioctl"]
         self._u8[_IMMEDIATE_EXIT] = 1
         try:
             for _ in range(_SETTLE_LIMIT):
-                if function(*self._arguments):
+                try:
+                    self._run(self.fd, abi.KVM_RUN)
+                except OSError:
                     break
                 if self._u32[_EXIT_REASON_U32] not in (abi.KVM_EXIT_IO, abi.KVM_EXIT_MMIO):
                     break

@@ -144,6 +144,24 @@ class Api:
             raise error_for(name, result)
 
 
+_default: Api | None = None
+
+
+def default_api() -> Api:
+    """What backends use that were not given an `Api`: WinHvPlatform.dll, loaded once. Raises BackendUnavailable."""
+    global _default
+    if _default is None:
+        _default = Api()
+    return _default
+
+
+def replace_default(api: Api | None) -> Api | None:
+    """Let backends made from now on use ``api``; None takes it back. Returns what was replaced. For simulators."""
+    global _default
+    before, _default = _default, api
+    return before
+
+
 def error_for(call: str, result: int) -> HostError:
     """The error for a failed call, BackendUnavailable where the platform as a whole cannot be used."""
     meaning, unavailable = meaning_of(call, result)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 from ...errors import BackendUnavailable, HostError
 from ..base import Availability, PartitionConfig
 from ..trial import run_trial
 from . import codes
-from .api import Api
+from .api import Api, default_api
 from .failures import ENABLE_HINT
 from .features import capability
 from .partition import WhpPartition
@@ -26,7 +27,7 @@ class WhpHypervisor:
     def api(self) -> Api:
         """The functions. Raises BackendUnavailable where they cannot be loaded."""
         if self._api is None:
-            self._api = Api()
+            self._api = default_api()
         return self._api
 
     def create_partition(self, config: PartitionConfig) -> WhpPartition:
@@ -42,6 +43,12 @@ class WhpHypervisor:
                 ENABLE_HINT,
             )
         return WhpPartition(api, config)
+
+    def questions(self) -> dict[str, Callable[[], tuple[str, bool | None]]]:
+        """WHP's own questions for ``microvm selftest`` (`hypervisor.questions`)."""
+        from .questions import questions
+
+        return questions(self)
 
     def probe(self) -> Availability:
         """See `base.Hypervisor.probe`. A feature that looks enabled proves nothing, so a partition is really made."""

@@ -67,7 +67,7 @@ _GVA_VALID: Final = 1 << 3
 _IS_WRITE, _STRING, _REP = 1, 1 << 4, 1 << 5
 _CS_LONG, _CS_DEFAULT = 1 << 13, 1 << 14
 _RFLAGS_IF: Final = 1 << 9
-_MASK: Final = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFF_FFFF}
+_MASK: Final = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFF_FFFF, 8: 0xFFFF_FFFF_FFFF_FFFF}
 _LOW32: Final = 0xFFFF_FFFF
 _HALT_WAIT_S: Final = 0.001
 
@@ -101,12 +101,14 @@ class WhpVcpu:
         api = partition.api
         self._run: Any = api.functions["WHvRunVirtualProcessor"]
         self._cancel: Any = api.functions["WHvCancelRunVirtualProcessor"]
+        self._get: Any = api.functions["WHvGetVirtualProcessorRegisters"]
         self._set: Any = api.functions["WHvSetVirtualProcessorRegisters"]
         self._context = aligned(SIZE)
         self._context_at = ctypes.addressof(self._context)
         self._u8 = memoryview(self._context).cast("B")
         self._u16, self._u32, self._u64 = (self._u8.cast(kind) for kind in ("H", "I", "Q"))
         self._quick = registers.Buffer(4)
+        self._one = registers.Buffer(1)
         self._cpu = StoppedCpu(self)
         self._kicked = False
         self._lock = threading.Lock()
@@ -153,6 +155,13 @@ class WhpVcpu:
                 stop = self._other(reason)
             if stop is not None:
                 return stop
+
+    def enter_once(self) -> int:
+        """One WHvRunVirtualProcessor, nothing served. Returns the exit reason: for ``microvm selftest``."""
+        result = self._run(self.handle, self.index, self._context_at, SIZE)
+        if result:
+            raise error_for("WHvRunVirtualProcessor", result)
+        return self._u32[0]
 
     def kick(self) -> None:
         """See `base.Vcpu.kick`."""
@@ -215,7 +224,42 @@ class WhpVcpu:
             raise error_for("WHvSetVirtualProcessorRegisters", result)
 
     def _memory(self, bus: Bus) -> VcpuStop | None:
-        return self._interpret(bus, port=False)
+        """A plain move needs at most one register; all else is interpreted."""
+        u64 = self._u64
+        gpa = u64[_GPA_U64]
+        code = bytes(self._u8[_BYTES : _BYTES + min(self._u8[_COUNT_U8], 16)])
+        move = x86_mmio.plain_move(code, self._bits())
+        # With its virtual address an exit names the operand's first byte, unless that was on the page before.
+        known = self._u32[_INFO_U32] & _GVA_VALID
+        if move is None or not known or not 0 < gpa & 0xFFF <= 0x1000 - move.size:
+            return self._interpret(bus, port=False)
+        rip = self._next_rip(move.length)
+        size, register = move.size, move.register
+        if move.is_write:
+            value = move.constant if register is None else self._general(register) & _MASK[size]
+            self._quick_set((codes.WHvX64RegisterRip, rip))
+            bus.mmio_write(gpa, size, value)
+            return None
+        try:
+            value = bus.mmio_read(gpa, size)
+        except BaseException:
+            self._quick_set((codes.WHvX64RegisterRip, rip))
+            raise
+        assert register is not None
+        if size < 4:
+            value = self._general(register) & ~_MASK[size] | value
+        self._quick_set((codes.WHvX64RegisterRip, rip), (register, value))
+        return None
+
+    def _general(self, index: int) -> int:
+        """One general register; their WHV names are their numbers."""
+        one = self._one
+        one.names[0] = index
+        result = self._get(self.partition.handle, self.index, one.names_at, 1, one.values_at)
+        if result:
+            raise error_for("WHvGetVirtualProcessorRegisters", result)
+        value: int = one.words[0]
+        return value
 
     def _interpret(self, bus: Bus, port: bool) -> VcpuStop | None:
         """Carry out the instruction at RIP."""

@@ -10,7 +10,7 @@ from ...hypervisor.soft import cpuid, library
 from ...hypervisor.soft.partition import SoftPartition
 from ...hypervisor.whp import abi, codes, flags
 from . import capabilities, enlightenments
-from .processor import Processor
+from .processor import SIZE, Processor
 from .profiles import Profile
 from .results import Refused, hand_out
 
@@ -304,12 +304,13 @@ class SimulatedPartition:
             raise Refused(codes.WHV_E_INVALID_VP_STATE)
         return processor
 
-    def WHvRunVirtualProcessor(self, index: int, context: int, size: int) -> int:
-        if size != ctypes.sizeof(abi.WHV_RUN_VP_EXIT_CONTEXT) or context % 16:
+    def WHvRunVirtualProcessor(self, index: int, context: int | None, size: int) -> int:
+        processor = self._stopped(index)
+        if not context or size != SIZE or context % 16:
             return codes.E_INVALIDARG
         if self.suspended:
             return codes.ERROR_HV_INVALID_PARTITION_STATE
-        return self._stopped(index).run(context)
+        return processor.run(context)
 
     def WHvCancelRunVirtualProcessor(self, index: int, flags_: int) -> int:
         if flags_:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ...hypervisor import x86_mmio
 from ...hypervisor.soft import library
 from ...hypervisor.whp import codes, registers
-from ...hypervisor.whp.vcpu import SIZE
+from ...hypervisor.whp.vcpu import SIZE as SIZE
 from . import enlightenments, paging
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ class Processor:
     # Registers
 
     def get_registers(self, names_at: int, count: int, values_at: int) -> int:
-        if values_at % 16 or not 0 < count <= 256:
+        if not names_at or not values_at or values_at % 16 or not 0 < count <= 256:
             return codes.E_INVALIDARG
         names = (ctypes.c_uint32 * count).from_address(names_at)
         values = (ctypes.c_uint64 * (2 * count)).from_address(values_at)
@@ -323,7 +323,7 @@ class Processor:
         return 0, 0
 
     def set_registers(self, names_at: int, count: int, values_at: int) -> int:
-        if values_at % 16 or not 0 < count <= 256:
+        if not names_at or not values_at or values_at % 16 or not 0 < count <= 256:
             return codes.E_INVALIDARG
         names = (ctypes.c_uint32 * count).from_address(names_at)
         values = (ctypes.c_uint64 * (2 * count)).from_address(values_at)

@@ -17,14 +17,16 @@ What it is not: a proof about Windows. It knows the documented interface and wha
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from ...hypervisor import select
 from ...hypervisor.whp import codes
-from ...hypervisor.whp.api import PROTOTYPES, Api
+from ...hypervisor.whp.api import PROTOTYPES, Api, replace_default
 from .capabilities import capability
 from .partition import SimulatedPartition
 from .profiles import PROFILES, Profile
@@ -76,6 +78,20 @@ class SimulatedWhp:
         api = Api(self.resolve, self._host_wrote)
         api.keep_alive = self
         return api
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[SimulatedWhp]:
+        """Until the end of the ``with`` block, the backend ``whp`` of this process is this simulator.
+
+        With it `Sandbox(..., backend="whp", isolated=False)` works on a machine without Windows.
+        """
+        before = replace_default(self.api())
+        select.probe.cache_clear()
+        try:
+            yield self
+        finally:
+            replace_default(before)
+            select.probe.cache_clear()
 
     def fail(self, name: str, result: int, after: int = 0, times: int = 1) -> None:
         """Let ``times`` calls of ``name`` fail with the HRESULT ``result``, the first ``after`` calls excepted."""

@@ -169,6 +169,7 @@ static struct {
     void (*old_cpuid)(uint8_t *);
     void (*old_syscall)(uint8_t *, int);
     void (*old_pause)(uint8_t *, int);
+    uint64_t (*old_ld[7])(uint8_t *, uint64_t, uint32_t, uintptr_t);
     void (*old_st[7])(uint8_t *, uint64_t, uint64_t, uint32_t, uintptr_t);
     uint64_t (*old_in[3])(uint8_t *, uint32_t);
     void (*old_out[3])(uint8_t *, uint32_t, uint32_t);
@@ -286,6 +287,13 @@ int engine_load(const char *library, char *message, size_t size)
         {(void **)&lib.old_cpuid, "helper_cpuid_x86_64"},
         {(void **)&lib.old_syscall, "helper_syscall_x86_64"},
         {(void **)&lib.old_pause, "helper_pause_x86_64"},
+        {(void **)&lib.old_ld[0], "helper_ret_ldub_mmu_x86_64"},
+        {(void **)&lib.old_ld[1], "helper_le_lduw_mmu_x86_64"},
+        {(void **)&lib.old_ld[2], "helper_le_ldul_mmu_x86_64"},
+        {(void **)&lib.old_ld[3], "helper_le_ldq_mmu_x86_64"},
+        {(void **)&lib.old_ld[4], "helper_be_lduw_mmu_x86_64"},
+        {(void **)&lib.old_ld[5], "helper_be_ldul_mmu_x86_64"},
+        {(void **)&lib.old_ld[6], "helper_be_ldq_mmu_x86_64"},
         {(void **)&lib.old_st[0], "helper_ret_stb_mmu_x86_64"},
         {(void **)&lib.old_st[1], "helper_le_stw_mmu_x86_64"},
         {(void **)&lib.old_st[2], "helper_le_stl_mmu_x86_64"},
@@ -364,32 +372,42 @@ static void check_io(uint8_t *env, uint32_t port, uint32_t size, uintptr_t ra)
     lib.raise_err_ra(env, GP_FAULT, 0, ra);
 }
 
-/* A store the translated code cannot do by itself. Where stores are handed out before they happen, this is where the
+/* An access the translated code cannot do by itself. Where accesses are handed out before they happen, this is where the
  * address and the place in the code are known (a write to read-only memory leaves no other trace of the latter). */
 static __thread struct {
     uint64_t gva;
     uintptr_t ra;
-} store __attribute__((tls_model("initial-exec")));
+} slow __attribute__((tls_model("initial-exec")));
 
 /* Leave the instruction that `ra` is in unfinished. When it runs again, partition.c knows its access was done. */
 static void abandon(uintptr_t ra)
 {
-    store.ra = 0; /* for the next store, which may come from inside the processor */
+    slow.ra = 0; /* for the next access, which may come from inside the processor */
     U32(current->cpu, CPU_EXCEPTION_INDEX) = EXCP_INTERRUPT;
     lib.loop_exit_restore(current->cpu, ra);
+}
+
+/* An access across a page comes once whole and then in pieces from the same place. Returns whether this is a whole. */
+static int begin_access(uint64_t gva, uintptr_t ra)
+{
+    if (slow.ra == ra && gva - slow.gva + 8 < 16)
+        return 0;
+    slow.gva = gva;
+    slow.ra = ra;
+    return 1;
 }
 
 #define DEFINE_STORE_HELPER(name, slot, type)                                                                         \
     __attribute__((visibility("default"))) void name(uint8_t *env, uint64_t gva, type value, uint32_t oi, uintptr_t ra) \
     {                                                                                                                 \
-        if (OURS(env) && current->exits) {                                                                            \
-            store.gva = gva;                                                                                          \
-            store.ra = ra;                                                                                            \
+        if (!OURS(env) || !current->exits) {                                                                          \
             lib.old_st[slot](env, gva, value, oi, ra);                                                                \
-            store.ra = 0;                                                                                             \
-        } else {                                                                                                      \
-            lib.old_st[slot](env, gva, value, oi, ra);                                                                \
+            return;                                                                                                   \
         }                                                                                                             \
+        int whole = begin_access(gva, ra);                                                                            \
+        lib.old_st[slot](env, gva, value, oi, ra);                                                                    \
+        if (whole)                                                                                                    \
+            slow.ra = 0;                                                                                              \
     }
 
 DEFINE_STORE_HELPER(helper_ret_stb_mmu_x86_64, 0, uint8_t)
@@ -399,6 +417,26 @@ DEFINE_STORE_HELPER(helper_le_stq_mmu_x86_64, 3, uint64_t)
 DEFINE_STORE_HELPER(helper_be_stw_mmu_x86_64, 4, uint16_t)
 DEFINE_STORE_HELPER(helper_be_stl_mmu_x86_64, 5, uint32_t)
 DEFINE_STORE_HELPER(helper_be_stq_mmu_x86_64, 6, uint64_t)
+
+#define DEFINE_LOAD_HELPER(name, slot)                                                                                \
+    __attribute__((visibility("default"))) uint64_t name(uint8_t *env, uint64_t gva, uint32_t oi, uintptr_t ra)       \
+    {                                                                                                                 \
+        if (!OURS(env) || !current->exits)                                                                            \
+            return lib.old_ld[slot](env, gva, oi, ra);                                                                \
+        int whole = begin_access(gva, ra);                                                                            \
+        uint64_t value = lib.old_ld[slot](env, gva, oi, ra);                                                          \
+        if (whole)                                                                                                    \
+            slow.ra = 0;                                                                                              \
+        return value;                                                                                                 \
+    }
+
+DEFINE_LOAD_HELPER(helper_ret_ldub_mmu_x86_64, 0)
+DEFINE_LOAD_HELPER(helper_le_lduw_mmu_x86_64, 1)
+DEFINE_LOAD_HELPER(helper_le_ldul_mmu_x86_64, 2)
+DEFINE_LOAD_HELPER(helper_le_ldq_mmu_x86_64, 3)
+DEFINE_LOAD_HELPER(helper_be_lduw_mmu_x86_64, 4)
+DEFINE_LOAD_HELPER(helper_be_ldul_mmu_x86_64, 5)
+DEFINE_LOAD_HELPER(helper_be_ldq_mmu_x86_64, 6)
 
 #define DEFINE_PORT_HELPERS(suffix, slot, bytes, type)                                                                \
     __attribute__((visibility("default"))) uint64_t helper_in##suffix##_x86_64(uint8_t *env, uint32_t port)           \
@@ -688,8 +726,8 @@ static int on_write_protected(uint8_t *uc, int type, uint64_t gpa, int size, int
     (void)uc;
     (void)type;
     if (exit_before((Partition *)data, EXIT_MMIO_WRITE, gpa, (uint32_t)size, (uint64_t)value)) {
-        if (store.ra)
-            abandon(store.ra);
+        if (slow.ra)
+            abandon(slow.ra);
         partition_crash((Partition *)data, STOP_ENGINE, "the processor itself wrote to read-only memory");
         return 1;
     }
@@ -1032,6 +1070,21 @@ static void make_breakpoints(uint8_t *env)
     lib.update_dr7(env, (uint32_t)dr7);
 }
 
+/* A context from a file: what the engine uses without a look must be what it can be. The stack top indexes an array of
+ * the host; SVM and SMM are not there; the modes of the floating point units follow from their control words. */
+void engine_mend_context(uint8_t *env)
+{
+    U32(env, ENV_FPSTT) &= 7;
+    U32(env, ENV_HFLAGS) &= ~(7u << 19); /* SMM, SVM enabled, SVM guest */
+    U32(env, ENV_HFLAGS2) &= HF2_GIF | HF2_NMI;
+    U64(env, ENV_EFER) &= 0xD01;
+    U32(env, ENV_A20) = -1;
+    U32(env, ENV_DF) = U32(env, ENV_DF) & 0x80000000u ? 0xFFFFFFFFu : 1;
+    U32(env, ENV_MXCSR) &= 0xFFFF;
+    lib.update_mxcsr(env);
+    lib.update_fp(env);
+}
+
 /* Copy the engine's processor state out. The engine keeps running on its own copy. */
 void engine_store(Partition *p, uint8_t *context)
 {
@@ -1181,5 +1234,5 @@ uint32_t *engine_hidden_flags(uint8_t *env, int second) { return &U32(env, secon
 
 void engine_set_fault_address(uint8_t *env, uint64_t gva) { U64(env, ENV_CR + 16) = gva; }
 
-/* Of the store under way, ~0 where it is the processor's own. */
-uint64_t engine_store_gva(void) { return store.ra ? store.gva : ~0ull; }
+/* Of the access under way, ~0 where it is the processor's own. */
+uint64_t engine_access_gva(void) { return slow.ra ? slow.gva : ~0ull; }

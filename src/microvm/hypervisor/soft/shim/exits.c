@@ -29,7 +29,8 @@ int exit_before(Partition *p, int kind, uint64_t address, uint32_t size, uint64_
         return 0; /* the local APIC is inside */
     Vcpu *v = p->loaded;
     if (!v->stop) { /* else: an end of interrupt is to be told first, and the instruction runs again */
-        v->exit = (Exit){(uint32_t)kind, size, address, value, kind == EXIT_MMIO_WRITE ? engine_store_gva() : ~0ull};
+        int mmio = kind == EXIT_MMIO_READ || kind == EXIT_MMIO_WRITE;
+        v->exit = (Exit){(uint32_t)kind, size, address, value, mmio ? engine_access_gva() : ~0ull};
         v->stop = STOP_EXIT;
     }
     engine_request(p, REQUEST_KICK);

@@ -75,7 +75,7 @@ typedef struct CpuidEntry {
 typedef struct Exit {
     uint32_t kind, size;
     uint64_t address, value; /* guest-physical address, port, MSR or vector; what is to be written */
-    uint64_t gva;            /* of an MMIO write, ~0 where it is not known */
+    uint64_t gva;            /* of an MMIO access, ~0 where it is not known */
 } Exit;
 
 struct Partition;
@@ -187,6 +187,7 @@ int engine_msr_write(Partition *p, uint32_t index, uint64_t value);
 int64_t engine_translate(Partition *p, uint64_t gva);
 void engine_reset_state(uint8_t *env, const uint8_t *fresh);
 void engine_sipi_state(uint8_t *env, const uint8_t *fresh, int vector);
+void engine_mend_context(uint8_t *env);
 void engine_store(Partition *p, uint8_t *context);
 void engine_load_state(Partition *p, const uint8_t *context);
 int engine_can_interrupt(const uint8_t *env);
@@ -233,7 +234,7 @@ int64_t mv_time(Partition *p);
 
 /* engine.c, for exits.c */
 uint32_t *engine_hidden_flags(uint8_t *env, int second);
-uint64_t engine_store_gva(void);
+uint64_t engine_access_gva(void);
 void engine_set_fault_address(uint8_t *env, uint64_t gva);
 
 #endif
