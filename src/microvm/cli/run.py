@@ -120,6 +120,8 @@ def _leave_resident(sandbox: Sandbox) -> None:
     from ..workers import client, template
     from .resident import remember
 
+    if not sandbox.vm.can_fork:
+        return
     client.start_resident(template.decide(sandbox.config), "microvm.cli.resident")
     remember(sandbox, sys.argv[1:])
 

@@ -211,6 +211,8 @@ def main(arguments: list[str], program: Program | None = None) -> int:
                 wire.send(sock, {"prepared": True})
             serve_child(zygote, sock)
         else:
+            if program is not None and zygote.vm is None:
+                return 0  # a machine that cannot be forked: there is nothing to be resident for
             bound = Path(mode)
             bound.rename(bound.with_suffix(".sock"))
             serve_resident(zygote, sock, float(os.environ.get("MICROVM_IDLE_S") or IDLE_S))
