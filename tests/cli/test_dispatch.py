@@ -65,7 +65,8 @@ def raising(error: BaseException) -> object:
         (ExecError("no such command"), 1, "no such command"),
         (HostError("mmap", 12, "out of memory"), 1, "mmap: out of memory"),
         (FileNotFoundError(2, "No such file or directory", "x.img"), 1, "x.img: no such file or directory"),
-        (MemoryError(), 1, "out of memory"),
+        (MemoryError(), 69, "cannot allocate memory (free memory"),
+        (OSError(24, "Too many open files"), 69, "too many open files (raise the limit on open files (ulimit -n)"),
         (ValueError("two\nlines"), 70, "two lines"),
     ],
 )

@@ -492,3 +492,20 @@ def test_timer_of_a_nanosecond_does_not_drive_the_host(machine: Machine) -> None
     begin = machine.partition.time()
     count = _interrupts_in(machine, _timer(machine, 0x2_0040, 1), 0.3)
     assert 10 < count <= (machine.partition.time() - begin) / 20_000 + 2
+
+
+def test_saved_state_from_a_file_is_mended_before_the_engine_indexes_with_it(machine: Machine) -> None:
+    """Offsets of the engine's fields from its first register: the FPU's stack top, and flags that mean SMM and SVM."""
+    fpu_top, flags = 604, 176
+    registers = machine.long(stop(Code(64, CODE).raw("d9 e8").mov("eax", 3)))  # fld1
+    registers.rax = 0x1122_3344_5566_7788
+    machine.vcpu.set_registers(registers)
+    blob = bytearray(machine.vcpu.save())
+    context = blob.index(registers.rax.to_bytes(8, "little"))
+    blob[context + fpu_top : context + fpu_top + 4] = (0x7FFF_FFFF).to_bytes(4, "little")
+    blob[context + flags + 2] |= 7 << 3
+    machine.vcpu.restore(bytes(blob))
+    mended = machine.vcpu.save()
+    assert int.from_bytes(mended[context + fpu_top : context + fpu_top + 4], "little") == 7
+    assert not mended[context + flags + 2] & 7 << 3
+    assert machine.finish() == 3

@@ -33,6 +33,7 @@ EXIT_USAGE: Final = 2
 EXIT_UNAVAILABLE: Final = 69  # EX_UNAVAILABLE of <sysexits.h>
 EXIT_INTERNAL: Final = 70  # EX_SOFTWARE
 EXIT_SIGNAL: Final = 128
+ENOMEM: Final = 12
 SIGINT: Final = 2
 SIGPIPE: Final = 13
 REPORT: Final = "this is a bug in microvm, please report it with the command you ran (MICROVM_DEBUG=1 shows where)"
@@ -45,6 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _keep_standard_streams()
     if arguments in (["--version"], ["-V"]):
         return _print_version()
+    if argv is None:
+        try:
+            os.fstat(0)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY)  # or the next thing we open would be taken for our input
     if arguments[:1] == ["run"] and argv is None:
         from .fast import attempt
 
@@ -92,11 +98,15 @@ def explain(error: Exception) -> tuple[str, int]:
         return f"{text}: {REPORT}", EXIT_INTERNAL
     if isinstance(error, errors.MicroVMError):
         return text, EXIT_FAILURE
+    if isinstance(error, MemoryError | OSError):
+        from ..hypervisor.limits import withheld
+
+        out = withheld("", ENOMEM if isinstance(error, MemoryError) else error.errno or 0)
+        if out is not None:
+            return str(out), EXIT_UNAVAILABLE
     if isinstance(error, OSError) and error.strerror:
         name = f"{error.filename}: " if error.filename else ""
         return f"{name}{error.strerror.lower()}", EXIT_FAILURE
-    if isinstance(error, MemoryError):
-        return "the host is out of memory", EXIT_FAILURE
     return f"{type(error).__name__}: {text or 'no message'}: {REPORT}", EXIT_INTERNAL
 
 

@@ -85,7 +85,7 @@ def dependencies(files: list[str]) -> list[str]:
 
 def attempt(arguments: list[str]) -> int | None:
     """Have a resident zygote run the command; its exit code, or None if none is up for it."""
-    if sys.platform != "linux" or os.environ.get("MICROVM_DEBUG") == "1":
+    if sys.platform != "linux" or os.environ.get("MICROVM_NO_RESIDENT") or os.environ.get("MICROVM_DEBUG") == "1":
         return None
     options, command = split(arguments)
     if options is None or not command:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -105,7 +106,11 @@ def run(args: argparse.Namespace) -> int:
         code = getattr(error, "code", 0)
         return EXIT_NOT_FOUND if code == ENOENT else EXIT_NOT_EXECUTABLE if code else EXIT_FAILED
     finally:
-        if given is None and not (args.cold or args.frozen_clock or args.verbose):
+        if (
+            given is None
+            and not os.environ.get("MICROVM_NO_RESIDENT")
+            and not (args.cold or args.frozen_clock or args.verbose)
+        ):
             with contextlib.suppress(MicroVMError, OSError):
                 _leave_resident(sandbox)
 

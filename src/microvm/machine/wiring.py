@@ -12,7 +12,8 @@ from typing import BinaryIO
 
 from ..boot import BootState, VirtioSlot, acpi, load
 from ..disk import RawDisk
-from ..errors import BootError, ConfigError, HostError
+from ..errors import BackendUnavailable, BootError, ConfigError
+from ..hypervisor.limits import memory_hint
 from ..memory import GuestMemory
 from .config import DiskConfig, MachineConfig
 
@@ -35,13 +36,13 @@ def open_disk(config: DiskConfig) -> RawDisk:
 
 
 def allocate_memory(memory_mib: int) -> GuestMemory:
-    """Guest RAM, committed as it is touched. Raises HostError where the host refuses even that."""
+    """Guest RAM, committed as it is touched. Raises BackendUnavailable where the host refuses even that."""
     try:
         return GuestMemory.allocate(memory_mib << 20)
     except (OSError, MemoryError) as error:
         code = getattr(error, "errno", None) or errno.ENOMEM
-        hint = "give the machine less memory, or lift the process's memory limit"
-        raise HostError("mmap", code, f"the host refuses {memory_mib} MiB of guest memory", hint) from None
+        message = f"the host refuses {memory_mib} MiB of guest memory"
+        raise BackendUnavailable("mmap", code, message, memory_hint()) from None
 
 
 def load_kernel(config: MachineConfig, memory: GuestMemory, slots: Sequence[VirtioSlot]) -> BootState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import errno
 import json
 import os
 import socket
@@ -11,6 +12,7 @@ from typing import Any, Final
 
 from .. import errors
 from ..errors import BackendUnavailable, ConfigError, HostError, InternalError, MicroVMError
+from ..hypervisor import limits
 
 MAX_MESSAGE: Final = 64 << 10
 MAX_FDS: Final = 64
@@ -78,6 +80,11 @@ def pack_error(error: BaseException) -> Message:
         return {"kind": kind, "arguments": [error.call, error.code, error.message, error.hint]}
     if isinstance(error, MicroVMError):
         return {"kind": type(error).__name__, "arguments": [str(error)]}
+    if isinstance(error, MemoryError | OSError):
+        code = errno.ENOMEM if isinstance(error, MemoryError) else error.errno or 0
+        withheld = limits.withheld("", code)
+        if withheld is not None:
+            return pack_error(withheld)
     if isinstance(error, TimeoutError):
         return {"kind": "TimeoutError", "arguments": [str(error)]}
     if isinstance(error, ConnectionError):

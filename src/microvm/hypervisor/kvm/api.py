@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...errors import BackendUnavailable, HostError
+from .. import limits
 from . import abi
 
 
@@ -108,40 +109,10 @@ def host_error(call: str, code: int) -> HostError:
     same call would fail for every guest of this size.
     """
     message = os.strerror(code).lower()
-    if code == errno.ENOMEM:
-        return BackendUnavailable(call, code, message, memory_hint())
-    if code in (errno.EMFILE, errno.ENFILE):
-        limit = "the limit on open files (ulimit -n)" if code == errno.EMFILE else "fs.file-max"
-        return BackendUnavailable(call, code, message, f"raise {limit} or close other machines")
+    withheld = limits.withheld(call, code)
+    if withheld is not None:
+        return withheld
     if code == errno.EBUSY and call == "KVM_CREATE_VM":
         hint = "another hypervisor holds the processor's virtualization: stop VirtualBox, VMware or the like"
         return BackendUnavailable(call, code, message, hint)
     return HostError(call, code, message)
-
-
-def memory_hint() -> str:
-    """Which limit keeps memory from us, as far as can be told."""
-    if sys.platform == "linux":
-        import resource
-
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if limit != resource.RLIM_INFINITY:
-            return f"raise the address space limit, now {limit >> 20} MiB (ulimit -v), or give the guest less memory"
-        group = _cgroup_limit()
-        if group is not None:
-            return f"raise the memory limit of this control group, now {group >> 20} MiB, or give the guest less memory"
-    return "free memory on the host or give the guest less"
-
-
-def _cgroup_limit() -> int | None:
-    """The memory limit of our own control group (version 2), if it has one."""
-    try:
-        with open("/proc/self/cgroup", encoding="ascii") as file:
-            own = next((line[3:].strip() for line in file if line.startswith("0::")), None)
-        if own is None:
-            return None
-        with open(f"/sys/fs/cgroup{own}/memory.max", encoding="ascii") as file:
-            text = file.read().strip()
-        return None if text == "max" else int(text)
-    except (OSError, ValueError):
-        return None

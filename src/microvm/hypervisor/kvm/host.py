@@ -80,6 +80,8 @@ def _absent_hint() -> str:
 def _permission_hint(code: int) -> str:
     if code == errno.EPERM:
         return f"a container or a sandbox forbids it: allow the device {DEVICE}"
+    if os.access(DEVICE, os.R_OK | os.W_OK):
+        return f"{DEVICE} lies on a file system without devices (nodev), or a sandbox forbids it"
     group = "kvm"
     if sys.platform != "win32":
         import grp

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import mmap
 import os
 import struct
 import weakref
@@ -12,8 +14,9 @@ from typing import Any, Final
 
 from ..._os.event import Event
 from ...bus import Bus
-from ...errors import ConfigError, HostError, SnapshotError, StateError
+from ...errors import BackendUnavailable, ConfigError, HostError, SnapshotError, StateError
 from ...memory import MemoryRegion
+from .. import limits
 from ..base import Capabilities, PartitionConfig, Perm
 from . import cpuid, library
 from .vcpu import SoftVcpu
@@ -22,8 +25,19 @@ MAX_VCPUS: Final = 32
 CODE_BUFFER: Final = 128 << 20
 """Bytes of translated code kept; when full it is thrown away whole. Address space only until used."""
 
+ROOM_FOR_THE_REST: Final = 16 << 20
+
 _TAG: Final = b"soft-p1\0"
 _SAVED: Final = struct.Struct("<8sq")
+
+
+def _check_room(size: int) -> None:
+    """The engine ends the process where it gets no room for its code: look first. Raises BackendUnavailable."""
+    try:
+        mmap.mmap(-1, size + ROOM_FOR_THE_REST).close()
+    except (OSError, MemoryError):
+        message = f"no {size >> 20} MiB of address space for the software CPU's code"
+        raise BackendUnavailable("mmap", errno.ENOMEM, message, limits.memory_hint()) from None
 
 
 class SoftPartition:
@@ -48,6 +62,7 @@ class SoftPartition:
         self._regions: dict[tuple[int, int], MemoryRegion] = {}
         self._events: dict[tuple[int, int, int], Event] = {}
         self._callbacks = self._make_callbacks()
+        _check_room(CODE_BUFFER)
         message = ctypes.create_string_buffer(200)
         handle = self._shim.mv_partition_new(
             config.vcpus, CODE_BUFFER, ctypes.byref(self._callbacks), message, len(message)

@@ -6,12 +6,15 @@ import errno
 import mmap
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from microvm.errors import BackendUnavailable, ConfigError, HostError
+from microvm.hypervisor import limits
 from microvm.hypervisor.base import PartitionConfig
 from microvm.hypervisor.kvm import KvmHypervisor, abi, api, host
 
@@ -100,7 +103,8 @@ def test_absent_device_in_a_container_hints_at_the_device_option(monkeypatch: py
     assert "--device /dev/kvm" in refused(fake).hint
 
 
-def test_no_permission_hints_at_the_group() -> None:
+def test_no_permission_hints_at_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host.os, "access", lambda path, mode: False)
     fake = FakeHost()
     fake.open_error = errno.EACCES
     hint = refused(fake).hint
@@ -173,12 +177,12 @@ def test_out_of_memory_while_mapping_is_unavailable() -> None:
 
 def test_the_address_space_limit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda which: (64 << 20, 64 << 20))
-    assert "64 MiB (ulimit -v)" in api.memory_hint()
+    assert "64 MiB (ulimit -v)" in limits.memory_hint()
 
 
 def test_the_control_groups_limit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "_cgroup_limit", lambda: 128 << 20)
-    assert "128 MiB" in api.memory_hint()
+    monkeypatch.setattr(limits, "_cgroup_limit", lambda: 128 << 20)
+    assert "128 MiB" in limits.memory_hint()
 
 
 def test_too_many_open_files_is_named() -> None:
@@ -219,3 +223,31 @@ def test_unknown_ioctl_and_errno_make_a_plain_host_error() -> None:
     assert type(error) is HostError
     assert str(error).startswith("KVM_SET_REGS: ")
     assert api.call_name(0xAE77) == "ioctl 0xae77"
+
+
+def test_a_device_that_permissions_allow_but_the_mount_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host.os, "access", lambda path, mode: True)
+    assert "nodev" in host._permission_hint(errno.EACCES)
+
+
+def test_a_worker_passes_on_what_the_host_withheld() -> None:
+    from microvm.workers import wire
+
+    for error in (OSError(errno.EMFILE, "too many"), MemoryError()):
+        passed = wire.unpack_error(wire.pack_error(error))
+        assert isinstance(passed, BackendUnavailable)
+        assert passed.hint
+
+
+def test_a_software_cpu_without_room_is_an_error_and_not_the_end_of_the_process() -> None:
+    pytest.importorskip("unicorn")
+    code = (
+        "import resource; from microvm.hypervisor import select; backend = select.load('soft')\n"
+        "from microvm.hypervisor.soft import library; library.load()\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (80 << 20),) * 2)\n"
+        "print(backend.probe())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "usable=False" in done.stdout, done.stderr
+    assert "ulimit -v" in done.stdout

@@ -1070,6 +1070,21 @@ static void make_breakpoints(uint8_t *env)
     lib.update_dr7(env, (uint32_t)dr7);
 }
 
+/* A context from a file: what the engine uses without a look must be what it can be. The stack top indexes an array of
+ * the host; SVM and SMM are not there; the modes of the floating point units follow from their control words. */
+void engine_mend_context(uint8_t *env)
+{
+    U32(env, ENV_FPSTT) &= 7;
+    U32(env, ENV_HFLAGS) &= ~(7u << 19); /* SMM, SVM enabled, SVM guest */
+    U32(env, ENV_HFLAGS2) &= HF2_GIF | HF2_NMI;
+    U64(env, ENV_EFER) &= 0xD01;
+    U32(env, ENV_A20) = -1;
+    U32(env, ENV_DF) = U32(env, ENV_DF) & 0x80000000u ? 0xFFFFFFFFu : 1;
+    U32(env, ENV_MXCSR) &= 0xFFFF;
+    lib.update_mxcsr(env);
+    lib.update_fp(env);
+}
+
 /* Copy the engine's processor state out. The engine keeps running on its own copy. */
 void engine_store(Partition *p, uint8_t *context)
 {

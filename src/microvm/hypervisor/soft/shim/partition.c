@@ -1088,11 +1088,11 @@ void mv_vcpu_restore(Partition *p, int index, const Saved *in)
     v->kvm_wall = in->kvm_wall;
     v->apic = in->apic;
     v->apic.id = (uint32_t)index;
+    memcpy(v->context, in->context, ENV_SIZE);
+    engine_mend_context(v->context);
     if (v == p->loaded) {
-        engine_load_state(p, in->context);
+        engine_load_state(p, v->context);
         engine_flush_tlb(p);
-    } else {
-        memcpy(v->context, in->context, ENV_SIZE);
     }
     partition_timer_changed(p);
 }

@@ -187,6 +187,7 @@ int engine_msr_write(Partition *p, uint32_t index, uint64_t value);
 int64_t engine_translate(Partition *p, uint64_t gva);
 void engine_reset_state(uint8_t *env, const uint8_t *fresh);
 void engine_sipi_state(uint8_t *env, const uint8_t *fresh, int vector);
+void engine_mend_context(uint8_t *env);
 void engine_store(Partition *p, uint8_t *context);
 void engine_load_state(Partition *p, const uint8_t *context);
 int engine_can_interrupt(const uint8_t *env);
