@@ -53,3 +53,16 @@ def test_linux_boots_and_runs_commands(
         assert clock == (b"tsc\n" if profile == "win10-19045" else b"hyperv_clocksource_tsc_page\n")
         assert made.run("sleep 0.2; exit 3").returncode == 3
     assert scratch_disk.read_bytes()[:5] == b"kept\n"
+
+
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_restored_sandbox_goes_on(any_kernel: Any, image: Any, cpus: int, profile: str, tmp_path: Path) -> None:
+    """The clocks and timers of a saved guest still run: a sleep ends, and what was in memory is there."""
+    path = tmp_path / "saved"
+    with Sandbox(image.path, kernel=any_kernel.name, cpus=cpus, backend="whp", isolated=False) as made:
+        made.run("echo kept > /root/note", check=True)
+        made.snapshot(path)
+        assert made.run("cat /root/note").stdout == b"kept\n"
+    with Sandbox.from_snapshot(path, isolated=False) as again:
+        assert again.backend == "whp"
+        assert again.run("cat /root/note; sleep 0.3; nproc", timeout=30).stdout == b"kept\n%d\n" % cpus

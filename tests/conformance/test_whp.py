@@ -348,3 +348,13 @@ def test_every_function_is_reached_through_the_prototype_of_the_real_one(whp: Si
     api = whp.api()
     assert set(api.functions) <= set(PROTOTYPES)
     assert all(isinstance(function, PROTOTYPES[name]) for name, function in api.functions.items())
+
+
+def test_instruction_we_carry_out_ends_the_interrupt_shadow(whp: SimulatedWhp) -> None:
+    """STI; OUT: the interrupt that the OUT brings comes before the next instruction, not one later."""
+    with bench(whp) as machine:
+        code = Code().apic(0xF0, 0x1FF).mov("ecx", 0).mov("dx", 0x300).sti().raw("ee").inc("ecx").inc("ecx").stop()
+        registers = machine.long(code)
+        machine.handler(0x41, Code(origin=0x9000).raw("89 c8 89 c6").eoi().raw("89 f0").stop())  # eax = esi = ecx
+        machine.log.on_write = lambda offset, size, value: machine.partition.signal_msi(0xFEE0_0000, 0x41)
+        assert machine.finish(registers) == 0
