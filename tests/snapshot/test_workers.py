@@ -69,10 +69,10 @@ def test_crash_of_a_worker_is_an_error_here_and_touches_no_other(guests: str) ->
 
 
 def test_crash_during_a_command_is_an_error_here(sandbox: Sandbox) -> None:
-    process = sandbox.start(["sleep", "60"])
-    os.kill(pid_of(sandbox), signal.SIGSEGV)
-    with pytest.raises(ExecError):
-        process.wait(10)
+    with sandbox.start(["sleep", "60"]) as process:
+        os.kill(pid_of(sandbox), signal.SIGSEGV)
+        with pytest.raises(ExecError):
+            process.wait(10)
     with pytest.raises(WorkerError):
         sandbox.run(["true"])
 
