@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 from pathlib import Path
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from microvm.errors import SnapshotError
@@ -28,6 +28,7 @@ SAVED = _saved()
 EDIT = st.tuples(st.one_of(st.integers(0, 4400), st.integers(0, len(SAVED) - 1)), st.binary(min_size=1, max_size=9))
 
 
+@example([(65536, b"\1")], 0)  # a page of zeroes has no place in the digest
 @settings(max_examples=150, deadline=None)
 @given(st.lists(EDIT, min_size=1, max_size=4), st.integers(0, 1 << 20))
 def test_edited_file_is_refused_or_unchanged(edits: list[tuple[int, bytes]], cut: int) -> None:
@@ -43,4 +44,5 @@ def test_edited_file_is_refused_or_unchanged(edits: list[tuple[int, bytes]], cut
             Snapshot.open(path, secret=SECRET) as snapshot,
             snapshot.map() as mapping,
         ):
-            assert bytes(mapping) == MEMORY
+            same = bytes(mapping) == MEMORY  # compared here: explaining a difference of 64 KiB takes minutes
+            assert same

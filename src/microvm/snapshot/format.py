@@ -246,8 +246,22 @@ class Snapshot:
         for at, size in _chunks(self.own):
             self._read_into(buffer[:size], self.header.memory_offset + at)
             digest.update(buffer[:size])
-        if digest.hexdigest() != self.description.get("memory"):
+        if digest.hexdigest() != self.description.get("memory") or not self._rest_is_zero(buffer):
             raise SnapshotError(f"the memory in {self.path} is damaged")
+
+    def _rest_is_zero(self, buffer: memoryview) -> bool:
+        """Whether pages that are not in the table have nothing in the file, of which a whole snapshot maps them all."""
+        if self.description.get("parent") is not None:
+            return True
+        at = 0
+        for first, count in [*self.own, (self.header.memory_size // PAGE_SIZE, 0)]:
+            for start, size in _chunks([(at, first - at)]):
+                piece = buffer[:size]
+                self._read_into(piece, self.header.memory_offset + start)
+                if bytes(piece).count(0) != size:
+                    return False
+            at = first + count
+        return True
 
     def close(self) -> None:
         """Free the descriptors. Memory that was mapped stays. Idempotent."""
