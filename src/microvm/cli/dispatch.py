@@ -46,11 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _keep_standard_streams()
     if arguments in (["--version"], ["-V"]):
         return _print_version()
-    if argv is None:
-        try:
-            os.fstat(0)
-        except OSError:
-            os.open(os.devnull, os.O_RDONLY)  # or the next thing we open would be taken for our input
     if arguments[:1] == ["run"] and argv is None:
         from .fast import attempt
 
